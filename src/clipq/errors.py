@@ -1,0 +1,42 @@
+"""Every error that clipq raises on purpose.
+
+Each message names the thing, the value it got, what is accepted and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class ClipqError(Exception):
+    """Base class of every error raised by clipq."""
+
+
+class WeightError(ClipqError, ValueError):
+    """A tensor, pruning rate or bit width that the operator cannot work on."""
+
+
+class PlanError(ClipqError, ValueError):
+    """A plan that cannot be read, is inconsistent, or does not fit the model."""
+
+
+class AttachError(ClipqError, RuntimeError):
+    """In-parallel training that was set up or used in a way that would give wrong weights."""
+
+
+class ArchiveError(ClipqError):
+    """A ``.clipq`` file, or the input of one, that cannot be written or read."""
+
+
+class DataError(ClipqError):
+    """A data set that is missing, damaged, empty or does not fit the model."""
+
+
+class RecipeError(ClipqError, ValueError):
+    """A recipe, or one of its fields, that cannot be used."""
+
+
+class TrainingError(ClipqError, RuntimeError):
+    """Training that cannot go on, such as a loss that is not a number."""
+
+
+class SearchError(ClipqError, RuntimeError):
+    """A search for a plan that cannot start, go on or meet its target."""
