@@ -1,0 +1,28 @@
+"""The ``clipq`` program: its commands, and what becomes of an error."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from clipq.cli.common import ExitCode, errors
+from clipq.errors import ClipqError
+
+app = typer.Typer(
+    name="clipq",
+    help="Smaller neural networks at the same accuracy: CLIP-Q compression for PyTorch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Run the command line; an error of clipq's own becomes one message and a non-zero exit code."""
+    try:
+        app(prog_name="clipq")
+    except ClipqError as error:
+        errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(ExitCode.BAD_INPUT)
