@@ -4,7 +4,9 @@ Joint pruning and quantization in parallel with fine-tuning (CLIP-Q, Tung & Mori
 wrapping the model, and a compressed file that gives back every bit.
 """
 
+from clipq.attach import Attachment, attach
 from clipq.errors import ClipqError
 from clipq.operator import clip_quantize
+from clipq.plan import Plan
 
-__all__ = ["ClipqError", "clip_quantize"]
+__all__ = ["Attachment", "ClipqError", "Plan", "attach", "clip_quantize"]

@@ -1,0 +1,382 @@
+"""In-parallel training on the user's own optimizer (paper, section 3.2).
+
+Nothing is wrapped. Between steps the model's own parameters hold the quantized weights; during
+``optimizer.step()`` they hold the full-precision weights, so the gradient taken at the quantized weights
+updates the full-precision ones: the paper's straight-through update, with whatever the optimizer does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from clipq.errors import AttachError
+from clipq.operator import Quantizer, QuantizerEntry, clip_quantize
+from clipq.plan import Plan, TensorPlan
+
+STATE_KEY = "clipq"
+"""The key that `attach` adds to ``optimizer.state_dict()``: the full-precision weights and their plan."""
+
+
+def attach(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], plan: Plan) -> Attachment:
+    """Prune and quantize the planned parameters in parallel with training (paper, section 3.2).
+
+    From here on the model's planned parameters are quantized, at once and again after every
+    ``optimizer.step()``. The full-precision weights live beside the optimizer; they are part of its
+    ``state_dict()``, so a resume is exact. Weights that the user writes into a planned parameter between two
+    steps (a checkpoint, say) become its full-precision weights.
+
+    Args:
+        model: the network itself, or that network in DistributedDataParallel or ``torch.compile``.
+        optimizer: the optimizer, or the optimizers, that hold the planned parameters. A planned parameter that
+            needs no gradient may be in none: it is quantized once.
+        plan: what to compress; see `Plan`.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        AttachError: a planned parameter is in no optimizer, in two, or attached already.
+        WeightError: a planned parameter has NaN or Inf, or a dtype that cannot be quantized.
+    """
+    network = _unwrap(model)
+    plan.check(network)
+    optimizers = [_innermost(o) for o in ([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))]
+    planned = [
+        _Entry(name, parameter, plan.tensors[name])
+        for name, parameter in network.named_parameters(remove_duplicate=False)
+        if name in plan.tensors
+    ]
+    owners = [_owner(entry, optimizers) for entry in planned]
+    for entry in planned:
+        _guard.refuse_second(entry)
+
+    frozen = [entry for entry, owner in zip(planned, owners, strict=True) if owner is None]
+    states = []
+    try:
+        for each in optimizers:
+            entries = [entry for entry, owner in zip(planned, owners, strict=True) if owner is each]
+            if entries:
+                states.append(_AttachedOptimizer(each, entries))
+        for entry in frozen:
+            entry.quantize_once()
+    except BaseException:
+        for state in states:
+            state.detach(keep_quantized=False)
+        for entry in frozen:
+            entry.restore()
+        raise
+    _guard.add(states, frozen)
+    return Attachment(plan, states, frozen)
+
+
+class Attachment:
+    """What `attach` gives back: the plan in force, and the way out."""
+
+    def __init__(self, plan: Plan, optimizers: list[_AttachedOptimizer], frozen: list[_Entry]) -> None:
+        self.plan = plan
+        self._optimizers = optimizers
+        self._frozen = frozen
+
+    @property
+    def full_precision(self) -> dict[str, Tensor]:
+        """The full-precision weights by parameter name: the live tensors, not copies; do not write to them."""
+        return {
+            entry.name: entry.full for state in self._optimizers for entry in state.entries if entry.full is not None
+        }
+
+    def detach(self) -> None:
+        """Give the plain optimizers back; the model keeps its quantized weights, the full-precision ones are dropped.
+
+        Detaching twice is harmless.
+        """
+        _guard.remove([*(e for state in self._optimizers for e in state.entries), *self._frozen])
+        for state in self._optimizers:
+            state.detach(keep_quantized=True)
+
+
+class _Entry:
+    """One planned parameter, its full-precision weights, and how it was left after the last step."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, tensor: TensorPlan) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.tensor = tensor
+        self.full: Tensor | None = None
+        self.version = -1
+
+    def quantize_once(self) -> None:
+        quantized = self.quantized_from(self.parameter.detach())
+        self.full = self.parameter.detach().clone()
+        self.parameter.detach().copy_(quantized)
+
+    def restore(self) -> None:
+        if self.full is not None:
+            self.parameter.detach().copy_(self.full)
+
+    def quantized_from(self, weight: Tensor) -> Tensor:
+        return clip_quantize(weight, self.tensor.pruning_rate, self.tensor.bits, name=self.name).quantized
+
+    def follow_the_user(self) -> None:
+        """Take over what the user did to the parameter since the last step: moved it, or wrote new weights."""
+        parameter = self.parameter.detach()
+        full = self.full
+        assert full is not None
+        if (parameter.shape, parameter.dtype) != (full.shape, full.dtype):
+            raise AttachError(
+                f"{self.name}: was {tuple(full.shape)} {full.dtype} when attached and is "
+                f"{tuple(parameter.shape)} {parameter.dtype} now; detach before converting a model, and attach again"
+            )
+        if parameter.device != full.device:
+            self.full = full = full.to(parameter.device)
+        if self.parameter._version != self.version:
+            # Most writes put back what was there (weights swapped for an average and back): those change nothing.
+            written = parameter != self.quantized_from(full)
+            full.copy_(torch.where(written, parameter, full))
+
+
+class _AttachedOptimizer:
+    """The hooks on one optimizer, and the full-precision weights that they swap in and out."""
+
+    def __init__(self, optimizer: Optimizer, entries: list[_Entry]) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.entries = entries
+        self._quantizer = Quantizer([QuantizerEntry(e.name, e.tensor.pruning_rate, e.tensor.bits) for e in entries])
+        for entry in entries:
+            entry.full = entry.parameter.detach().clone()
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._quantize()
+        except BaseException:
+            self._show_full_precision()
+            raise
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._load),
+        ]
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, as long as it lives."""
+        return self._optimizer()
+
+    def detach(self, *, keep_quantized: bool) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if not keep_quantized:
+            self._show_full_precision()
+        for entry in self.entries:
+            entry.full = None
+
+    @torch.no_grad()
+    def _quantize(self) -> None:
+        """Full-precision weights → quantized weights in the model."""
+        self._quantizer([_full(e) for e in self.entries], [e.parameter.detach() for e in self.entries])
+        for entry in self.entries:
+            entry.version = entry.parameter._version
+
+    @torch.no_grad()
+    def _show_full_precision(self) -> None:
+        for entry in self.entries:
+            if entry.full is not None:
+                entry.parameter.detach().copy_(entry.full)
+
+    @torch.no_grad()
+    def _take_full_precision(self) -> None:
+        for entry in self.entries:
+            _full(entry).copy_(entry.parameter.detach())
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for entry in self.entries:
+            if id(entry.parameter) not in held:
+                raise AttachError(
+                    f"{entry.name}: is no longer in the {type(optimizer).__name__} that it was attached to; detach "
+                    f"before changing an optimizer's parameters, and attach again"
+                )
+            with torch.no_grad():
+                entry.follow_the_user()
+        self._show_full_precision()
+        if args and callable(args[0]):
+            return (self._at_quantized(args[0]), *args[1:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._at_quantized(kwargs["closure"])}
+        return None
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._take_full_precision()
+        self._quantize()
+
+    def _at_quantized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, run on the quantized form of whatever weights the optimizer has got to."""
+
+        def run() -> Any:
+            self._take_full_precision()
+            self._quantize()
+            result = closure()  # if it raises, the model is left as it is between steps: quantized
+            self._show_full_precision()
+            return result
+
+        return run
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict[STATE_KEY] = {
+            "version": 1,
+            "plan": {e.name: dataclasses.asdict(e.tensor) for e in self.entries},
+            "weights": {e.name: _full(e) for e in self.entries},
+        }
+
+    @torch.no_grad()
+    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Full-precision weights from a state; a state without them leaves the ones that are there."""
+        state = state_dict.get(STATE_KEY)
+        if state is None:
+            return
+        mine = {e.name: dataclasses.asdict(e.tensor) for e in self.entries}
+        if state.get("version") != 1:
+            raise AttachError(
+                f"the optimizer's state has clipq state of version {state.get('version')!r}; this clipq reads version "
+                f"1: use the clipq that wrote it"
+            )
+        theirs = state["plan"]
+        differences = [
+            f"{name}: {mine.get(name, 'not planned')} here, {theirs.get(name, 'not planned')} in the state"
+            for name in [*mine, *(n for n in theirs if n not in mine)]
+            if _plain(mine.get(name)) != _plain(theirs.get(name))
+        ]
+        if differences:
+            raise AttachError(
+                "the optimizer's state was saved under another plan:\n  "
+                + "\n  ".join(differences)
+                + f"\nAttach with the plan of the saved run, or delete {STATE_KEY!r} from the state to start from the "
+                f"model's weights"
+            )
+        for entry in self.entries:
+            _full(entry).copy_(state["weights"][entry.name])
+        self._quantize()
+
+
+class _Guard:
+    """Knows every attached parameter, and stops any other optimizer from stepping it."""
+
+    @dataclass(frozen=True)
+    class _Owner:
+        name: str
+        optimizer: weakref.ref[Optimizer] | None  # None: the parameter was frozen
+
+    def __init__(self) -> None:
+        self._owners: MutableMapping[Tensor, _Guard._Owner] = WeakIdKeyDictionary()
+        self._handle: RemovableHandle | None = None
+
+    def refuse_second(self, entry: _Entry) -> None:
+        owner = self._owners.get(entry.parameter)
+        if owner is None:
+            return
+        living = owner.optimizer() if owner.optimizer is not None else None
+        if living is not None or owner.optimizer is None:
+            to_what = f"a {type(living).__name__}" if living is not None else "no optimizer, as a frozen parameter"
+            raise AttachError(
+                f"{entry.name}: is attached already, to {to_what}; call detach() on that attachment before "
+                f"attaching again"
+            )
+
+    def add(self, states: list[_AttachedOptimizer], frozen: list[_Entry]) -> None:
+        for state in states:
+            for entry in state.entries:
+                self._owners[entry.parameter] = self._Owner(entry.name, state._optimizer)
+        for entry in frozen:
+            self._owners[entry.parameter] = self._Owner(entry.name, None)
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._before_any_step)
+
+    def remove(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            self._owners.pop(entry.parameter, None)
+        if not len(self._owners) and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _before_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                owner = self._owners.get(parameter)
+                if owner is None or (owner.optimizer is not None and owner.optimizer() is optimizer):
+                    continue
+                if owner.optimizer is None:
+                    if parameter.grad is None:
+                        continue
+                    what = "was frozen when it was attached, and is now trained by"
+                elif owner.optimizer() is None:
+                    what = "was attached to an optimizer that is gone, and is now stepped by"
+                else:
+                    what = "is attached to another optimizer, and is now stepped by"
+                raise AttachError(
+                    f"{owner.name}: {what} a {type(optimizer).__name__} that clipq is not attached to; its quantized "
+                    f"weights would be trained as if they were full-precision ones. Call detach() on the attachment, "
+                    f"then attach the optimizer in use"
+                )
+
+
+_guard = _Guard()
+
+
+def _full(entry: _Entry) -> Tensor:
+    assert entry.full is not None
+    return entry.full
+
+
+def _plain(tensor: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if tensor is None else {**tensor, "shape": tuple(tensor["shape"])}
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel and ``torch.compile``, whose parameter names the plan has."""
+    while True:
+        compiled = getattr(model, "_orig_mod", None)  # not by its type: that would import the compiler
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled, nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose step hooks run: launchers wrap the user's in one with an ``optimizer`` attribute."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer):
+        return _innermost(inner)
+    if not isinstance(optimizer, Optimizer):
+        raise AttachError(f"{optimizer!r} is not a torch optimizer; give the optimizer, or a list of optimizers")
+    return optimizer
+
+
+def _owner(entry: _Entry, optimizers: list[Optimizer]) -> Optimizer | None:
+    """The one optimizer that holds a planned parameter; None for a frozen parameter that is in none."""
+    holders = [o for o in optimizers if any(p is entry.parameter for p in _parameters(o))]
+    if len(holders) > 1:
+        raise AttachError(f"{entry.name}: is in {len(holders)} of the optimizers; a planned parameter must be in one")
+    if not holders and entry.parameter.requires_grad:
+        raise AttachError(
+            f"{entry.name}: is planned but in no optimizer; add it to one, leave it out of the plan, or freeze it with "
+            f"requires_grad_(False) to have it quantized once"
+        )
+    return holders[0] if holders else None
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
