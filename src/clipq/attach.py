@@ -210,10 +210,10 @@ class _AttachedOptimizer:
             with torch.no_grad():
                 entry.follow_the_user()
         self._show_full_precision()
-        if args and callable(args[0]):
-            return (self._at_quantized(args[0]), *args[1:]), kwargs
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._at_quantized(kwargs["closure"])}
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if callable(closure):
+            rest = {name: value for name, value in kwargs.items() if name != "closure"}
+            return (args[0], self._at_quantized(closure), *args[2:]), rest
         return None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
