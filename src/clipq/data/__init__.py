@@ -1,0 +1,32 @@
+"""Data sets by name or from the user's own function, and minibatches of them.
+
+data = load_data("cifar10", root="data")
+for inputs, targets in data.batches("train", batch_size=128, seed=0, epoch=3):
+    ...
+"""
+
+from clipq.data.batches import Batch, Batches, ImageSamples, Samples
+from clipq.data.images import CropAndFlip, Images, ImageSet, Normalisation, check_labels
+from clipq.data.named import DATA_SETS, load_images
+from clipq.data.sources import Data, load_data, split_images
+from clipq.data.split import stratified_split
+from clipq.data.user import UserSamples
+
+__all__ = [
+    "DATA_SETS",
+    "Batch",
+    "Batches",
+    "CropAndFlip",
+    "Data",
+    "ImageSamples",
+    "ImageSet",
+    "Images",
+    "Normalisation",
+    "Samples",
+    "UserSamples",
+    "check_labels",
+    "load_data",
+    "load_images",
+    "split_images",
+    "stratified_split",
+]
