@@ -6,7 +6,8 @@ wrapping the model, and a compressed file that gives back every bit.
 
 from clipq.attach import Attachment, attach
 from clipq.errors import ClipqError
+from clipq.files import load, save
 from clipq.operator import clip_quantize
 from clipq.plan import Plan
 
-__all__ = ["Attachment", "ClipqError", "Plan", "attach", "clip_quantize"]
+__all__ = ["Attachment", "ClipqError", "Plan", "attach", "clip_quantize", "load", "save"]

@@ -26,6 +26,18 @@ class ArchiveError(ClipqError):
     """A ``.clipq`` file, or the input of one, that cannot be written or read."""
 
 
+class DamagedFileError(ArchiveError):
+    """A ``.clipq`` file that is not as it was written, or is no such file."""
+
+
+class TooLargeError(ArchiveError):
+    """A ``.clipq`` file that would take more memory than the caller allows."""
+
+
+class MismatchError(ArchiveError):
+    """Tensors that do not fit the model they are loaded into."""
+
+
 class DataError(ClipqError):
     """A data set that is missing, damaged, empty or does not fit the model."""
 

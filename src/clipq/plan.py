@@ -168,6 +168,27 @@ class Plan:
                 + "\nMake a plan for this model, or load the model the plan was made for"
             )
 
+    def left_out(self, model: nn.Module) -> dict[str, str]:
+        """Every tensor of the model's ``state_dict()`` that is not compressed → why it is not."""
+        primary = _names(model)
+        planned = {primary[name] for name in self.tensors}
+        eligible = set(_eligible(model))
+        owners = {
+            f"{prefix}.{name}" if prefix else name: type(module).__name__
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        }
+        reasons = {}
+        for name in model.state_dict():
+            owner = owners.get(name, type(model).__name__)
+            if name not in primary:
+                reasons[name] = f"buffer of {owner}"
+            elif primary[name] not in planned:
+                what = f"{name.rpartition('.')[2]} of {owner}"
+                by_default = "left out of the plan" if primary[name] in eligible else "not compressed by default"
+                reasons[name] = f"{what}, {by_default}"
+        return reasons
+
     def to_json(self) -> str:
         """The plan as JSON text, readable again by `from_json`."""
         value = {

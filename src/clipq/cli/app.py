@@ -7,6 +7,9 @@ import sys
 import typer
 
 from clipq.cli.common import ExitCode, errors
+from clipq.cli.compress import COMMAND as COMPRESS
+from clipq.cli.demo import demo
+from clipq.cli.evaluate import evaluate
 from clipq.errors import ClipqError
 
 app = typer.Typer(
@@ -16,6 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+app.command("compress", no_args_is_help=True)(COMPRESS)
+app.command("evaluate")(evaluate)
+app.command("demo")(demo)
 
 
 def main() -> None:

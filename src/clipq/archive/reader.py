@@ -1,0 +1,205 @@
+"""Reading a file that may come from anyone: nothing in it is believed before it is checked."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from clipq.archive import codes as code_tensors
+from clipq.archive import dtypes
+from clipq.archive.container import PRELUDE, TensorHeader, check_layout, check_prelude, decode_header
+from clipq.archive.raw import block_step, decode_raw
+from clipq.archive.sources import Source, open_source
+from clipq.errors import DamagedFileError, TooLargeError
+
+Array = npt.NDArray[np.generic]
+
+LIMIT_FLOOR = 2**30
+LIMIT_RATIO = 4096
+MAX_WORKERS = 8  # each holds a block at a time: together at most 16 MiB beside the decoded tensors
+
+
+class Archive(Mapping[str, Array]):
+    """A ``.clipq`` file, open for reading: a mapping from names to arrays, each decoded when it is asked for.
+
+    Args:
+        source: a path, the file's bytes, a memory map, an open binary file that can seek, or an fsspec URL
+            such as ``s3://bucket/model.clipq``, of which only the ranges needed are requested.
+        limit: the most bytes of decoded tensors that may be asked for at once; None for 1 GiB or 4096 times
+            the file's size, whichever is more.
+
+    Raises:
+        DamagedFileError: the file is no ``.clipq`` file, or its header is damaged.
+        ArchiveError: it cannot be opened or read.
+    """
+
+    def __init__(self, source: Source, *, limit: int | None = None) -> None:
+        self._stack = ExitStack()
+        with ExitStack() as on_error:
+            on_error.push(self._stack)
+            self._input = open_source(source, self._stack)
+            size = self._input.size
+            prelude = bytes(self._input.read(0, min(PRELUDE.size, size)))
+            body = bytes(self._input.read(PRELUDE.size, check_prelude(prelude, size)))
+            self._header = decode_header(prelude, body, size)
+            self._groups = check_layout(self._header.tensors)
+            on_error.pop_all()
+        self.nbytes: int = size
+        self.limit: int = max(LIMIT_FLOOR, LIMIT_RATIO * size) if limit is None else limit
+        self.tensors: Mapping[str, TensorHeader] = MappingProxyType({t.name: t for t in self._header.tensors})
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(self._header.metadata))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what the archive opened; a file object that was passed in stays open."""
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, name: str) -> Array:
+        """Decode one tensor.
+
+        Raises:
+            KeyError: no tensor has this name.
+            DamagedFileError: the tensor is damaged.
+            TooLargeError: it is larger than `limit`.
+        """
+        self.tensors[name]
+        return self.read([name])[name]
+
+    def read(self, names: Iterable[str] | None = None, *, threads: int | None = None) -> dict[str, Array]:
+        """Decode some tensors, or all; tied ones are the same array.
+
+        Args:
+            names: which; None for all.
+            threads: how many to decode with; None for one per core.
+
+        Raises:
+            DamagedFileError: one of them is damaged; the message names it.
+            TooLargeError: together they are larger than `limit`.
+        """
+        arrays, damaged = self.salvage(names, threads=threads)
+        for error in damaged.values():
+            raise error
+        return arrays
+
+    def salvage(
+        self, names: Iterable[str] | None = None, *, threads: int | None = None
+    ) -> tuple[dict[str, Array], dict[str, DamagedFileError]]:
+        """Like `read`, but of a damaged file give the whole tensors, and what is wrong with the others."""
+        wanted = list(self.tensors if names is None else names)
+        stored = {self.tensors[name].tied_to or name: None for name in wanted}
+        self._check_size([self.tensors[name] for name in stored])
+        arrays: dict[str, Array] = {}
+        damaged: dict[str, DamagedFileError] = {}
+        with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, MAX_WORKERS)) as pool:
+            for name in stored:
+                try:
+                    arrays[name] = self._decode(self.tensors[name], pool)
+                except DamagedFileError as error:
+                    damaged[name] = error
+        sources = {name: self.tensors[name].tied_to or name for name in wanted}
+        return (
+            {name: arrays[source] for name, source in sources.items() if source in arrays},
+            {name: damaged[source] for name, source in sources.items() if source in damaged},
+        )
+
+    def levels(self, name: str) -> int | None:
+        """The number of distinct values of a tensor that is stored as codes; None of others."""
+        tensor = self.tensors[self.tensors[name].tied_to or name]
+        if tensor.kind != "codes":
+            return None
+        itemsize = dtypes.BY_NAME[tensor.dtype][1].itemsize
+        return len(code_tensors.decode_codebook(self._payload(tensor, 0), itemsize, tensor.name)[0].bits)
+
+    def stored_bytes(self, name: str) -> int:
+        """Payload bytes of a tensor: 0 if it is tied to another, its share by size of a block with others."""
+        tensor = self.tensors[name]
+        size = sum(self._header.blocks[i].size for i in tensor.blocks)
+        if tensor.kind != "group":
+            return size
+        members = self._groups[tensor.blocks[0]]
+        total = max(sum(m.nbytes for m in members), 1)
+        start = sum(m.nbytes for m in members[: members.index(tensor)])
+        return size * (start + tensor.nbytes) // total - size * start // total
+
+    def _check_size(self, tensors: list[TensorHeader]) -> None:
+        total = sum(t.nbytes for t in tensors)
+        if total > self.limit:
+            raise TooLargeError(
+                f"the tensors asked for take {total} bytes once decoded, above the limit of {self.limit}; if you "
+                f"trust the file, raise the limit (limit=...), or read fewer tensors at a time"
+            )
+
+    def _decode(self, tensor: TensorHeader, pool: ThreadPoolExecutor) -> Array:
+        dtype = dtypes.BY_NAME[tensor.dtype][1]
+        try:
+            out = np.empty(tensor.nbytes, np.uint8)
+        except MemoryError as error:
+            raise TooLargeError(f"{tensor.name}: its {tensor.nbytes} bytes do not fit in memory") from error
+        if tensor.kind == "codes":
+            self._decode_codes(tensor, out, pool)
+        elif tensor.kind == "raw":
+            self._decode_raw(tensor, out, pool)
+        else:
+            out[:] = self._group_member(tensor)
+        if tensor.dtype == "bool" and out.size and out.max() > 1:
+            raise DamagedFileError(f"{tensor.name}: a truth value is {out.max()}, neither 0 nor 1: the file is damaged")
+        return out.view(dtype).reshape(tensor.shape)
+
+    def _decode_codes(self, tensor: TensorHeader, out: npt.NDArray[np.uint8], pool: ThreadPoolExecutor) -> None:
+        itemsize = dtypes.BY_NAME[tensor.dtype][1].itemsize
+        elements = out.view(f"<u{itemsize}")
+        first = self._payload(tensor, 0)
+        codebook, used = code_tensors.decode_codebook(first, itemsize, tensor.name)
+
+        def decode(i: int, tile: slice) -> None:
+            payload = first[used:] if i == 0 else self._payload(tensor, i)
+            code_tensors.decode_tile(codebook, payload, tensor.shape, elements[tile], tensor.name)
+
+        for _ in pool.map(decode, range(len(tensor.blocks)), code_tensors.tiles(tensor.shape)):
+            pass
+
+    def _decode_raw(self, tensor: TensorHeader, out: npt.NDArray[np.uint8], pool: ThreadPoolExecutor) -> None:
+        itemsize = dtypes.BY_NAME[tensor.dtype][1].itemsize
+        step = block_step(itemsize)
+
+        def decode(i: int) -> None:
+            decode_raw(self._payload(tensor, i), out[i * step : (i + 1) * step], itemsize, tensor.name)
+
+        for _ in pool.map(decode, range(len(tensor.blocks))):
+            pass
+
+    def _group_member(self, tensor: TensorHeader) -> npt.NDArray[np.uint8]:
+        members = self._groups[tensor.blocks[0]]
+        block = np.empty(sum(m.nbytes for m in members), np.uint8)
+        decode_raw(self._payload(tensor, 0), block, dtypes.BY_NAME[tensor.dtype][1].itemsize, tensor.name)
+        start = sum(m.nbytes for m in members[: members.index(tensor)])
+        return block[start : start + tensor.nbytes]
+
+    def _payload(self, tensor: TensorHeader, i: int) -> memoryview:
+        block = self._header.blocks[tensor.blocks[i]]
+        payload = self._input.read(block.offset, block.size)
+        if zlib.crc32(payload) != block.crc:
+            raise DamagedFileError(
+                f"{tensor.name}: the checksum of bytes {block.offset} to {block.offset + block.size} is wrong: the "
+                f"file is damaged; get a whole copy, or take the tensors that are whole (clipq unpack --salvage)"
+            )
+        return payload

@@ -1,0 +1,117 @@
+"""``clipq compress``: the main job."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from clipq.cli.common import console, print_json
+from clipq.cli.progress import Progress
+from clipq.errors import RecipeError
+from clipq.recipe import Recipe
+from clipq.report.run import to_table
+
+EXAMPLE = """Compress a trained network: prune and quantize it in parallel with fine-tuning, and write the file.
+
+Example: [bold]clipq compress recipes/mnist/lenet-5.yaml --data-root data --epochs 20[/]
+
+A recipe is optional: every field of one is an option too. The run folder that is left holds the recipe as resolved,
+the plan, the metrics, a checkpoint, the compressed file and the report.
+"""
+
+
+def compress(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/NAME")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run in that folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    **fields: Any,
+) -> None:
+    """Parse, run, print."""
+    from clipq.finetune.compress import compress as run
+
+    made = recipe_of(recipe, fields)
+    folder = out or Path("runs") / (made.model.rpartition(":")[2] if recipe is None else recipe.stem)
+    with Progress(quiet=json) as progress:
+        report = run(made, folder, progress, force=force)
+    if json:
+        print_json(report.to_dict())
+    else:
+        console.print(to_table(report))
+        console.print(f"The run is in {folder}", highlight=False)
+
+
+def recipe_of(path: Path | None, fields: dict[str, Any]) -> Recipe:
+    """The recipe of a file, of options, or of both; "none" as an option's value takes the field out."""
+    changes = {name: value for name, value in fields.items() if value is not None and value != []}
+    if "overrides" in changes:
+        changes["overrides"] = dict(_override(text) for text in changes["overrides"])
+    changes = {name: None if value == "none" else value for name, value in changes.items()}
+    return Recipe.make(changes, "the command line") if path is None else Recipe.load(path, changes)
+
+
+def with_recipe_options(command: Callable[..., None], doc: str) -> Callable[..., None]:
+    """Give a command one option for each field of a recipe, with the field's own description as help."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = [p.replace(annotation=hints[p.name]) for p in own]
+    options = []
+    for name, field in Recipe.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        default = (
+            "" if field.is_required() or field.default in (None, (), {}) else f" [dim]\\[default: {field.default}][/]"
+        )
+        option = typer.Option(
+            f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag,
+            help=(field.description or "") + default,
+            show_default=False,
+            rich_help_panel="The recipe's fields",
+        )
+        accepted = _option_type(field.annotation)
+        options.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[accepted, option]
+            )
+        )
+
+    def wrapper(**values: Any) -> None:
+        command(**values)
+
+    wrapper.__name__ = command.__name__
+    wrapper.__doc__ = doc
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    wrapper.__signature__ = inspect.Signature([*keyword_only, *options])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*keyword_only, *options]}
+    return wrapper
+
+
+def _option_type(annotation: Any) -> Any:
+    """What the command line takes for a field: optional, lists for sequences and mappings, words for choices."""
+    arguments = typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in arguments if a is not type(None))
+        arguments = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if origin in (tuple, dict):
+        return list[str] | None
+    if origin is Literal:
+        return str | None
+    return annotation | None
+
+
+def _override(text: str) -> tuple[str, dict[str, str]]:
+    glob, colon, settings = text.rpartition(":")
+    pairs = [setting.partition("=") for setting in settings.split(",")]
+    if not colon or not all(equals for _, equals, _ in pairs):
+        raise RecipeError(f"override {text!r} is not of the form 'GLOB:pruning_rate=P,bits=B'")
+    return glob, {name.strip(): value.strip() for name, _, value in pairs}
+
+
+COMMAND = with_recipe_options(compress, EXAMPLE)

@@ -1,0 +1,111 @@
+"""The network of a recipe, with its trained weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from clipq.data.named import DATA_ROOT_VARIABLE
+from clipq.errors import RecipeError
+from clipq.files import load
+from clipq.models import build
+from clipq.recipe import Recipe
+from clipq.userfunction import load_function
+
+
+def make_network(recipe: Recipe) -> nn.Module:
+    """The recipe's network, newly initialised from the recipe's seed.
+
+    Raises:
+        RecipeError: the model cannot be found, its function raises, or what it returns is no module.
+    """
+    torch.manual_seed(recipe.seed)
+    if ":" not in recipe.model:
+        return build(recipe.model)
+    function = load_function(recipe.model, "model", RecipeError)
+    try:
+        network = function()
+    except Exception as cause:
+        raise RecipeError(f"model {recipe.model!r}: the function raised {type(cause).__name__}: {cause}") from cause
+    if not isinstance(network, nn.Module):
+        raise RecipeError(
+            f"model {recipe.model!r}: the function returned a {type(network).__name__}; it must return a "
+            f"torch.nn.Module and is called without arguments"
+        )
+    return network
+
+
+def find_weights(recipe: Recipe) -> Path:
+    """The recipe's file of weights: relative to the current folder, or else to the data root.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
+    assert recipe.weights is not None
+    places = [Path(recipe.weights)]
+    root = recipe.data_root or os.environ.get(DATA_ROOT_VARIABLE)
+    if root:
+        places.append(Path(root) / recipe.weights)
+    for place in places:
+        if place.is_file():
+            return place
+    raise RecipeError(
+        f"weights: there is no file {' or '.join(str(p) for p in places)}. Give --weights, or give --data-root with "
+        f"the folder it lies in, or train the network first with --weights none --float-epochs N"
+    )
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Fill a network from a .safetensors, .clipq or .pt file; every tensor must fit.
+
+    Batch-norm step counters, which many files leave out and no result depends on, may be missing.
+
+    Raises:
+        RecipeError: the file cannot be read, or names or shapes differ, with every difference listed.
+        ArchiveError: a .clipq file is damaged.
+    """
+    state = read_state(path)
+    own = network.state_dict()
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    differences = [
+        *(f"{name}: in the network, not in the file" for name in own if name not in state and name not in optional),
+        *(f"{name}: in the file, not in the network" for name in state if name not in own),
+        *(
+            f"{name}: shape {tuple(own[name].shape)} in the network, {tuple(tensor.shape)} in the file"
+            for name, tensor in state.items()
+            if name in own and own[name].shape != tensor.shape
+        ),
+    ]
+    if differences:
+        raise RecipeError(f"the weights in {path} do not fit {type(network).__name__}:\n  " + "\n  ".join(differences))
+    network.load_state_dict({**own, **state})
+
+
+def read_state(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a .safetensors, .clipq or .pt file (a state_dict, read without running code).
+
+    Raises:
+        RecipeError: another ending, or a file that cannot be read.
+        ArchiveError: a .clipq file is damaged.
+    """
+    if path.suffix == ".clipq":
+        return load(path)
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise RecipeError(f"weights: {path} has the ending {path.suffix!r}; accepted are .safetensors, .clipq and .pt")
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RecipeError(f"weights: {path} cannot be read: {type(error).__name__}: {error}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise RecipeError(f"weights: {path} holds no tensors by name; save a state_dict with torch.save")
+    return state

@@ -1,0 +1,122 @@
+"""The recipe: everything that a compression run depends on, as one flat YAML file.
+
+Each field is also an option of ``clipq compress``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from clipq.errors import RecipeError
+from clipq.validation import explain
+
+
+class Override(BaseModel):
+    """What to change in the plan for the tensors that a glob matches."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pruning_rate: float | None = Field(None, ge=0, lt=1)
+    bits: int | None = Field(None, ge=1, le=8)
+
+
+class Recipe(BaseModel):
+    """A compression run. Build one with `Recipe.make` or `Recipe.load`, which raise `RecipeError`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        description="The network: one of clipq's (lenet-300-100, lenet-5, resnet-20 to -110), or "
+        "'module:function' or 'file.py:function' that returns one."
+    )
+    data: str = Field(
+        description="The data: digits, mnist, cifar10, or 'file.py:function' that returns (training, validation) "
+        "data sets, or (training, validation, test)."
+    )
+    weights: str | None = Field(
+        None,
+        description="Trained weights: .safetensors, .clipq or .pt. Looked for here, then in the data root. Without "
+        "them the network is trained first, for float_epochs.",
+    )
+    data_root: str | None = Field(None, description="Folder of the named data sets; else CLIPQ_DATA, else a download.")
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of a named training set that is held out for validation."
+    )
+    workers: int = Field(0, ge=0, description="Processes that make the samples of your own data sets.")
+
+    plan: str | None = Field(None, description="A plan file. Without one, every eligible tensor gets the next two.")
+    pruning_rate: float = Field(0.9, ge=0, lt=1, description="p, the share of each tensor's weights that become zero.")
+    bits: int = Field(3, ge=1, le=8, description="b, the bit width: at most 2^b - 1 non-zero values a tensor.")
+    include: tuple[str, ...] = Field((), description="Globs of parameters to compress as well, such as '*.bias'.")
+    exclude: tuple[str, ...] = Field((), description="Globs of parameters to leave as they are.")
+    overrides: dict[str, Override] = Field(
+        {}, description="Other values by glob; as an option: 'conv1.*:pruning_rate=0.3,bits=4'."
+    )
+
+    epochs: int = Field(10, ge=1, description="Epochs of pruning and quantizing in parallel with fine-tuning.")
+    batch_size: int = Field(128, ge=1, description="Samples a step.")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="SGD has Nesterov momentum.")
+    learning_rate: float = Field(0.01, gt=0, description="The highest learning rate of the fine-tuning.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum.")
+    weight_decay: float = Field(0.0, ge=0, description="Of weights; biases and norms have none.")
+    schedule: Literal["cosine", "step", "constant"] = Field(
+        "cosine", description="cosine falls to zero; step divides by ten at half and at three quarters of the run."
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear rise of the learning rate at the start.")
+    float_epochs: int = Field(0, ge=0, description="Epochs of training before compression, if there are no weights.")
+    float_learning_rate: float | None = Field(
+        None, gt=0, description="The highest learning rate of that training; else learning_rate."
+    )
+
+    seed: int = Field(0, ge=0, description="Of initial weights, the validation split, the order of the data.")
+    device: str = Field("auto", description="auto, cpu, cuda or mps.")
+    precision: Literal["32", "bf16", "fp16"] = Field(
+        "32", description="Arithmetic of training steps; the weights, and all evaluations, are float32."
+    )
+    channels_last: bool = Field(False, description="Memory layout of images; often faster for convolutions.")
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+        """A recipe from plain values.
+
+        Args:
+            source: what to call them in an error.
+
+        Raises:
+            RecipeError: an unknown field (the nearest is suggested), a missing one, or a value out of range.
+        """
+        try:
+            recipe = cls.model_validate(dict(values))
+        except pydantic.ValidationError as error:
+            raise RecipeError(f"{source} cannot be used:\n{explain(error, cls.model_fields)}") from None
+        if recipe.weights is None and recipe.float_epochs == 0:
+            raise RecipeError(
+                f"{source} has neither weights nor float_epochs: there is no trained network to compress. Give a file "
+                f"of weights, or the number of epochs to train first"
+            )
+        return recipe
+
+    @classmethod
+    def load(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+        """A recipe from a YAML file, with some fields changed; raises `RecipeError` as `make` does."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read as a recipe ({error}); give a YAML file") from None
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path}: is not YAML: {error}") from None
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise RecipeError(f"{path}: holds no recipe; a recipe is lines of 'field: value', such as 'model: lenet-5'")
+        return cls.make(values | dict(changes or {}), str(path))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML with every field, readable again by `load`."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
