@@ -51,16 +51,14 @@ def load_function(spec: str, what: str, error: type[ClipqError]) -> Callable[...
 
 
 def _import_file(path: Path, spec: str, what: str, error: type[ClipqError]) -> ModuleType:
-    if not path.is_file():
-        raise error(
-            f"{what} {spec!r}: there is no file {path}; give a path relative to the current folder, or a full one"
-        )
-    path = path.resolve()
+    path = path.absolute()
     # The name is our own so that a file called random.py does not hide the module of that name.
     name = f"_clipq_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None or module_spec.loader is None:
-        raise error(f"{what} {spec!r}: {path} is not a Python file")
+    if module_spec is None or module_spec.loader is None or not path.is_file():
+        raise error(
+            f"{what} {spec!r}: there is no file {path}; give a path relative to the current folder, or a full one"
+        )
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # pickling and dataclasses look the module up by its name
     if str(path.parent) not in sys.path:

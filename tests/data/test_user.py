@@ -53,6 +53,11 @@ def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) and torch.equal(s, t) for (a, s), (b, t) in zip(alone, with_workers, strict=True))
 
 
+def test_a_negative_number_of_workers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the number of workers is -1; it must be 0"):
+        user_data(tmp_path, GOOD, workers=-1)
+
+
 def test_a_third_set_is_the_test_set_and_classes_are_taken_from_the_first(tmp_path: Path) -> None:
     data = user_data(
         tmp_path, "def make():\n    t = pairs(9)\n    t.classes = ['a', 'b', 'c']\n    return [t, pairs(4), pairs(5)]"
@@ -136,7 +141,7 @@ def test_a_sample_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere.py:make", "there is no file nowhere.py"),
+        ("nowhere.py:make", r"there is no file .*nowhere.py"),
         (":make", "not of the form 'file.py:function'"),
         ("mine.py:", "not of the form"),
         ("no_such_module:make", "importing module 'no_such_module' raised ModuleNotFoundError"),
