@@ -28,11 +28,11 @@ def recipe(seed: int = 0) -> Recipe:
         {
             "model": "clipq.demo:network",
             "data": "digits",
-            "float_epochs": 30,
+            "float_epochs": 15,
             "pruning_rate": 0.9,
             "bits": 3,
             "overrides": {"0.weight": {"pruning_rate": 0.3, "bits": 4}, "6.weight": {"pruning_rate": 0.95}},
-            "epochs": 40,
+            "epochs": 30,
             "batch_size": 64,
             "optimizer": "adam",
             "learning_rate": 2e-3,
