@@ -103,7 +103,7 @@ def test_deepcopy_gives_an_independent_model(kind: str) -> None:
 
 @every_kind
 def test_an_average_of_the_weights_can_be_swapped_in_and_out(kind: str) -> None:
-    model, optimizer, attachment, x = attached(kind)
+    model, optimizer, _, x = attached(kind)
     reference, reference_optimizer, _, _ = attached(kind)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     for _ in range(3):
@@ -152,7 +152,7 @@ def test_compiled_whole_it_trains_as_it_does_uncompiled(kind: str) -> None:
 
 @every_kind
 def test_attaching_to_a_compiled_model_finds_its_parameters(kind: str) -> None:
-    model, x = build(kind)
+    model, _ = build(kind)
     plan = clipq.Plan.uniform(model, pruning_rate=0.5, bits=2)
     compiled = torch.compile(model, backend="eager")
     optimizer = torch.optim.SGD(compiled.parameters(), lr=0.01)

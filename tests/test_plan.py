@@ -103,7 +103,7 @@ def test_a_plan_file_round_trips(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (('"bits": 2', '"bit": 2'), "unknown field; did you mean bits"),
+        (('"bits": 2', '"bit": 2'), r"unknown field \(did you mean 'bits'\?\)"),
         (('"bits": 2', '"bits": 12'), "bit width 12 is out of range"),
         (('"bits": 2', '"bits": "2"'), "bits: .*integer"),
         (('"pruning_rate": 0.5', '"pruning_rate": 1.0'), "pruning rate 1.0 is out of range"),

@@ -184,9 +184,8 @@ class Plan:
             if name not in primary:
                 reasons[name] = f"buffer of {owner}"
             elif primary[name] not in planned:
-                what = f"{name.rpartition('.')[2]} of {owner}"
                 by_default = "left out of the plan" if primary[name] in eligible else "not compressed by default"
-                reasons[name] = f"{what}, {by_default}"
+                reasons[name] = f"{name.rpartition('.')[2]} of {owner}, {by_default}"
         return reasons
 
     def to_json(self) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import pydantic
+
+from clipq.suggest import nearest
 
 
 def explain(error: pydantic.ValidationError, fields: Iterable[str]) -> str:
@@ -18,9 +19,8 @@ def explain(error: pydantic.ValidationError, fields: Iterable[str]) -> str:
     for finding in error.errors(include_url=False):
         where = ".".join(str(part) for part in finding["loc"]) or "(whole file)"
         if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            near = difflib.get_close_matches(str(finding["loc"][-1]), list(fields), n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(fields)}"
-            lines.append(f"  {where}: unknown field{hint}")
+            near = nearest(str(finding["loc"][-1]), fields) or f"; known are {', '.join(fields)}"
+            lines.append(f"  {where}: unknown field{near}")
         else:
             message = finding["msg"].removeprefix("Value error, ")
             got = finding.get("input")

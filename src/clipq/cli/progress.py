@@ -9,7 +9,7 @@ from rich import progress as bars
 from clipq.cli.common import errors
 from clipq.finetune.watch import EpochRecord
 
-_PHASES = {"float": "training the float network", "compress": "pruning and quantizing"}
+_PHASES = {"float": "training", "compress": "compressing"}
 
 
 class Progress:
@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, *, quiet: bool = False) -> None:
         self._bars = bars.Progress(
             bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
+            bars.BarColumn(bar_width=None),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.fields[state]}"),
             bars.TimeRemainingColumn(),

@@ -10,8 +10,10 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from clipq.files import FileReport, TensorReport
@@ -86,22 +88,25 @@ class RunReport:
 
 
 _SUMMARY = ("", "top-1", "bytes", "ratio")
-_TENSORS = ("tensor", "shape", "p", "b", "density", "levels", "bytes", "bits/weight", "share", "why not compressed")
+_TENSORS = ("tensor", "shape", "p", "b", "density", "levels", "bytes", "bits each", "share")
 
 
 def to_table(report: RunReport) -> Group:
     """The report for a terminal."""
-    tensors = Table(*_TENSORS, title="Every tensor of the file", title_justify="left")
+    tensors = Table(
+        *_TENSORS, title="Every tensor of the file", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for row in _tensor_rows(report):
         tensors.add_row(*row)
-    summary = Table(*_SUMMARY, title=f"{report.recipe.model} on {report.recipe.data}", title_justify="left")
+    summary = Table(
+        *_SUMMARY, title=f"{report.recipe.model} on {report.recipe.data}", title_justify="left", box=SIMPLE_HEAD
+    )
     for row in _summary_rows(report):
         summary.add_row(*row)
     for table in (tensors, summary):
         for column in table.columns[1:]:
             column.justify = "right"
-    tensors.columns[-1].justify = "left"
-    return Group(tensors, summary)
+    return Group(tensors, *(Text(line) for line in _left_out_lines(report)), summary)
 
 
 def to_markdown(report: RunReport) -> str:
@@ -114,6 +119,7 @@ def to_markdown(report: RunReport) -> str:
         f"network in float32.",
         "## Every tensor",
         _markdown_table(_TENSORS, _tensor_rows(report)),
+        *_left_out_lines(report),
         "## The recipe",
         "```yaml\n" + report.recipe.to_yaml() + "```",
     ]
@@ -132,17 +138,8 @@ def _summary_rows(report: RunReport) -> list[tuple[str, ...]]:
 def _tensor_rows(report: RunReport) -> list[tuple[str, ...]]:
     rows = [_tensor_row(t, report) for t in report.file.tensors]
     overhead = report.file.overhead_bytes
-    rows.append(
-        (
-            "(names, shapes, checksums)",
-            *[""] * 5,
-            f"{overhead:,}",
-            "",
-            f"{100 * overhead / report.file.bytes:.1f} %",
-            "",
-        )
-    )
-    return rows
+    share = f"{100 * overhead / report.file.bytes:.1f} %"
+    return [*rows, ("(all names, shapes, …)", "", "", "", "", "", f"{overhead:,}", "", share)]
 
 
 def _tensor_row(t: TensorReport, report: RunReport) -> tuple[str, ...]:
@@ -156,8 +153,16 @@ def _tensor_row(t: TensorReport, report: RunReport) -> tuple[str, ...]:
         f"{t.bytes:,}",
         f"{t.bits_per_element:.2f}",
         f"{100 * t.bytes / report.file.bytes:.1f} %",
-        f"the same tensor as {t.tied_to}" if t.tied_to else report.left_out.get(t.name, ""),
     )
+
+
+def _left_out_lines(report: RunReport) -> list[str]:
+    """One line for each reason why tensors were not compressed, and one for each tied tensor."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in report.left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"Not compressed ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
+    return lines + [f"{t.name} is {t.tied_to}, stored once" for t in report.file.tensors if t.tied_to]
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

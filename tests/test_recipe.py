@@ -1,0 +1,111 @@
+"""What a recipe accepts, and that the command line offers all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from clipq import ClipqError, Plan
+from clipq.cli.app import app
+from clipq.cli.compress import recipe_of
+from clipq.models import build
+from clipq.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+MINIMAL: dict[str, Any] = {"model": "lenet-5", "data": "mnist", "weights": "w.safetensors"}
+
+
+def test_every_field_is_an_option_of_compress() -> None:
+    program: Any = typer.main.get_command(app)
+    options = {p.name for p in program.commands["compress"].params}
+    assert set(Recipe.model_fields) <= options
+
+
+def test_options_mean_what_the_fields_mean() -> None:
+    fields = {
+        **dict.fromkeys(Recipe.model_fields),
+        **MINIMAL,
+        "weights": "none",
+        "float_epochs": 3,
+        "include": ["*.bias"],
+        "overrides": ["conv1.*:pruning_rate=0.3,bits=4", "ip2.*:bits=2"],
+        "channels_last": True,
+    }
+    made = recipe_of(None, fields)
+    expected = {
+        **MINIMAL,
+        "weights": None,
+        "float_epochs": 3,
+        "include": ("*.bias",),
+        "overrides": {"conv1.*": {"pruning_rate": 0.3, "bits": 4}, "ip2.*": {"bits": 2}},
+        "channels_last": True,
+    }
+    assert made == Recipe.make(expected)
+
+
+def test_options_change_a_recipe_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(Recipe.make(MINIMAL).to_yaml())
+    assert recipe_of(path, {"epochs": 3, "bits": None, "include": []}) == Recipe.make({**MINIMAL, "epochs": 3})
+
+
+def test_yaml_round_trips(tmp_path: Path) -> None:
+    recipe = Recipe.make({**MINIMAL, "overrides": {"conv1.*": {"bits": 4}}, "include": ["*.bias"], "data_root": "d"})
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipes_of_the_project_fit_their_networks(path: Path) -> None:
+    recipe = Recipe.load(path)
+    network = build(recipe.model)
+    plan = Plan.uniform(
+        network,
+        pruning_rate=recipe.pruning_rate,
+        bits=recipe.bits,
+        include=recipe.include,
+        exclude=recipe.exclude,
+    )
+    plan.override({glob: o.model_dump(exclude_none=True) for glob, o in recipe.overrides.items()}).check(network)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lerning_rate": 0.1}, r"lerning_rate: unknown field \(did you mean 'learning_rate'\?\)"),
+        ({"bits": 9}, r"bits: input should be less than or equal to 8 \(got 9\)"),
+        ({"pruning_rate": 1}, r"pruning_rate: input should be less than 1"),
+        ({"optimizer": "sdg"}, r"optimizer: input should be 'sgd', 'adam' or 'adamw' \(got 'sdg'\)"),
+        ({"epochs": "many"}, r"epochs: .*integer.*\(got 'many'\)"),
+        ({"overrides": {"*": {"density": 1}}}, r"overrides.*density: unknown field"),
+        ({"weights": None}, "neither weights nor float_epochs"),
+    ],
+)
+def test_a_recipe_with_a_mistake_says_which_and_what_is_accepted(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ClipqError, match=message):
+        Recipe.make({**MINIMAL, **change})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: [", "is not YAML"), ("- a\n- b\n", "holds no recipe"), ("", "holds no recipe"), ("1: 2", "no recipe")],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ClipqError, match=f"r.yaml.*{message}"):
+        Recipe.load(path)
+    with pytest.raises(ClipqError, match=r"none\.yaml: cannot be read"):
+        Recipe.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("text", ["conv1.*", "conv1.*:bits", ":bits=3=", "bits=3"])
+def test_an_override_option_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(ClipqError):
+        recipe_of(None, {**MINIMAL, "overrides": [text]})
