@@ -220,7 +220,7 @@ def test_bad_input_is_one_clear_message_and_nothing_half_written(
         clipq.cli.main()
     stderr = capsys.readouterr().err
     assert stopped.value.code == 1
-    assert stderr.startswith("error: ")
+    assert stderr.count("error: ") == 1
     assert re.search(message, stderr), stderr
     assert {p.name for p in tmp_path.iterdir()} - {"__pycache__", "runs"} == before
 

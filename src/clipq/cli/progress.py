@@ -34,14 +34,15 @@ class Progress:
         self._last = ""
 
     def __enter__(self) -> Progress:
-        self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        self._bars.stop()
+        if self._task is not None:
+            self._bars.stop()
 
     def phase(self, name: str, steps: int) -> None:
         """A new bar."""
+        self._bars.start()
         self._loss, self._last = 0.0, ""
         self._task = self._bars.add_task(_PHASES[name], total=steps, state="")
 
