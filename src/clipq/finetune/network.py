@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,6 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
     Raises:
         RecipeError: the file cannot be read, or names or shapes differ, with every difference listed.
-        ArchiveError: a .clipq file is damaged.
     """
     state = read_state(path)
     own = network.state_dict()
@@ -92,20 +92,24 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
 
     Raises:
         RecipeError: another ending, or a file that cannot be read.
-        ArchiveError: a .clipq file is damaged.
     """
-    if path.suffix == ".clipq":
-        return load(path)
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
+    if path.suffix not in (".clipq", ".safetensors", ".pt", ".pth"):
         raise RecipeError(f"weights: {path} has the ending {path.suffix!r}; accepted are .safetensors, .clipq and .pt")
     state: Any
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".clipq":
+            state = load(path)
+        elif path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise RecipeError(
+            f"weights: {path} holds more than tensors, and reading it would run code; save the state_dict alone, "
+            f"best as .safetensors"
+        ) from None
     except Exception as error:
-        raise RecipeError(f"weights: {path} cannot be read: {type(error).__name__}: {error}") from None
+        raise RecipeError(f"weights: {path} cannot be read: {error}") from None
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise RecipeError(f"weights: {path} holds no tensors by name; save a state_dict with torch.save")
     return state
