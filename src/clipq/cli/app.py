@@ -10,6 +10,8 @@ from clipq.cli.common import ExitCode, errors
 from clipq.cli.compress import COMMAND as COMPRESS
 from clipq.cli.demo import demo
 from clipq.cli.evaluate import evaluate
+from clipq.cli.inspect import inspect, verify
+from clipq.cli.pack import pack, unpack
 from clipq.errors import ClipqError
 
 app = typer.Typer(
@@ -23,6 +25,10 @@ app = typer.Typer(
 app.command("compress", no_args_is_help=True)(COMPRESS)
 app.command("evaluate")(evaluate)
 app.command("demo")(demo)
+app.command("pack")(pack)
+app.command("unpack")(unpack)
+app.command("inspect")(inspect)
+app.command("verify")(verify)
 
 
 def main() -> None:

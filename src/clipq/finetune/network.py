@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipq.data.named import DATA_ROOT_VARIABLE
 from clipq.errors import RecipeError
-from clipq.files import load
+from clipq.formats import read_state
 from clipq.models import build
 from clipq.recipe import Recipe
 from clipq.userfunction import load_function
@@ -68,7 +64,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Batch-norm step counters, which many files leave out and no result depends on, may be missing.
 
     Raises:
-        RecipeError: the file cannot be read, or names or shapes differ, with every difference listed.
+        RecipeError: names or shapes differ, with every difference listed.
+        ArchiveError: the file cannot be read.
     """
     state = read_state(path)
     own = network.state_dict()
@@ -85,31 +82,3 @@ def load_weights(network: nn.Module, path: Path) -> None:
     if differences:
         raise RecipeError(f"the weights in {path} do not fit {type(network).__name__}:\n  " + "\n  ".join(differences))
     network.load_state_dict({**own, **state})
-
-
-def read_state(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a .safetensors, .clipq or .pt file (a state_dict, read without running code).
-
-    Raises:
-        RecipeError: another ending, or a file that cannot be read.
-    """
-    if path.suffix not in (".clipq", ".safetensors", ".pt", ".pth"):
-        raise RecipeError(f"weights: {path} has the ending {path.suffix!r}; accepted are .safetensors, .clipq and .pt")
-    state: Any
-    try:
-        if path.suffix == ".clipq":
-            state = load(path)
-        elif path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise RecipeError(
-            f"weights: {path} holds more than tensors, and reading it would run code; save the state_dict alone, "
-            f"best as .safetensors"
-        ) from None
-    except Exception as error:
-        raise RecipeError(f"weights: {path} cannot be read: {error}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise RecipeError(f"weights: {path} holds no tensors by name; save a state_dict with torch.save")
-    return state

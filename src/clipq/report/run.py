@@ -10,17 +10,16 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from clipq.files import FileReport, TensorReport
+from clipq.files import FileReport
 from clipq.finetune.score import Score
 from clipq.finetune.watch import EpochRecord
 from clipq.plan import Plan
 from clipq.recipe import Recipe
+from clipq.report.tables import TENSOR_COLUMNS, markdown, table, tensor_rows
 
 
 @dataclass(frozen=True)
@@ -88,37 +87,27 @@ class RunReport:
 
 
 _SUMMARY = ("", "top-1", "bytes", "ratio")
-_TENSORS = ("tensor", "shape", "p", "b", "density", "levels", "bytes", "bits each", "share")
 
 
 def to_table(report: RunReport) -> Group:
     """The report for a terminal."""
-    tensors = Table(
-        *_TENSORS, title="Every tensor of the file", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    return Group(
+        table("Every tensor of the file", TENSOR_COLUMNS, tensor_rows(report.file)),
+        *(Text(line) for line in _left_out_lines(report)),
+        table(f"{report.recipe.model} on {report.recipe.data}", _SUMMARY, _summary_rows(report)),
     )
-    for row in _tensor_rows(report):
-        tensors.add_row(*row)
-    summary = Table(
-        *_SUMMARY, title=f"{report.recipe.model} on {report.recipe.data}", title_justify="left", box=SIMPLE_HEAD
-    )
-    for row in _summary_rows(report):
-        summary.add_row(*row)
-    for table in (tensors, summary):
-        for column in table.columns[1:]:
-            column.justify = "right"
-    return Group(tensors, *(Text(line) for line in _left_out_lines(report)), summary)
 
 
 def to_markdown(report: RunReport) -> str:
     """The report as a page."""
     parts = [
         f"# {report.recipe.model} on {report.recipe.data}",
-        _markdown_table(_SUMMARY, _summary_rows(report)),
+        markdown(_SUMMARY, _summary_rows(report)),
         f"Top-1 in per cent on the {report.part} set ({report.after.count} samples), before and after compression, and "
         f"once more from the file as loaded by a fresh process. Bytes are the file's; the ratio is against the same "
         f"network in float32.",
         "## Every tensor",
-        _markdown_table(_TENSORS, _tensor_rows(report)),
+        markdown(TENSOR_COLUMNS, tensor_rows(report.file)),
         *_left_out_lines(report),
         "## The recipe",
         "```yaml\n" + report.recipe.to_yaml() + "```",
@@ -135,36 +124,9 @@ def _summary_rows(report: RunReport) -> list[tuple[str, ...]]:
     ]
 
 
-def _tensor_rows(report: RunReport) -> list[tuple[str, ...]]:
-    rows = [_tensor_row(t, report) for t in report.file.tensors]
-    overhead = report.file.overhead_bytes
-    share = f"{100 * overhead / report.file.bytes:.1f} %"
-    return [*rows, ("(all names, shapes, …)", "", "", "", "", "", f"{overhead:,}", "", share)]
-
-
-def _tensor_row(t: TensorReport, report: RunReport) -> tuple[str, ...]:
-    return (
-        t.name,
-        "×".join(map(str, t.shape)) or "scalar",
-        "" if t.pruning_rate is None else f"{t.pruning_rate:g}",
-        "" if t.bits is None else str(t.bits),
-        f"{100 * t.density:.1f} %",
-        "" if t.levels is None else str(t.levels),
-        f"{t.bytes:,}",
-        f"{t.bits_per_element:.2f}",
-        f"{100 * t.bytes / report.file.bytes:.1f} %",
-    )
-
-
 def _left_out_lines(report: RunReport) -> list[str]:
-    """One line for each reason why tensors were not compressed, and one for each tied tensor."""
+    """One line for each reason why tensors were not compressed."""
     reasons: dict[str, list[str]] = {}
     for name, reason in report.left_out.items():
         reasons.setdefault(reason, []).append(name)
-    lines = [f"Not compressed ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
-    return lines + [f"{t.name} is {t.tied_to}, stored once" for t in report.file.tensors if t.tied_to]
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return [f"Not compressed ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
