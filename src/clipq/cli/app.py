@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Smaller neural networks at the same accuracy: CLIP-Q compression for PyTorch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 app.command("compress", no_args_is_help=True)(COMPRESS)

@@ -19,7 +19,7 @@ from clipq.report.run import to_table
 
 EXAMPLE = """Compress a trained network: prune and quantize it in parallel with fine-tuning, and write the file.
 
-Example: [bold]clipq compress recipes/mnist/lenet-5.yaml --data-root data --epochs 20[/]
+Example: `clipq compress recipes/mnist/lenet-5.yaml --data-root data --epochs 20`
 
 A recipe is optional: every field of one is an option too. The run folder that is left holds the recipe as resolved,
 the plan, the metrics, a checkpoint, the compressed file and the report.
@@ -65,9 +65,7 @@ def with_recipe_options(command: Callable[..., None], doc: str) -> Callable[...,
     options = []
     for name, field in Recipe.model_fields.items():
         flag = "--" + name.replace("_", "-")
-        default = (
-            "" if field.is_required() or field.default in (None, (), {}) else f" [dim]\\[default: {field.default}][/]"
-        )
+        default = "" if field.is_required() or field.default in (None, (), {}) else f" [default: {field.default}]"
         option = typer.Option(
             f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag,
             help=(field.description or "") + default,

@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """Train a small network on scikit-learn's digits, compress it, and show what came out.
 
-    Example: [bold]clipq demo[/]
+    Example: `clipq demo`
 
     Needs no download and takes less than a minute on two cores.
     """

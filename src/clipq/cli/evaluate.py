@@ -19,7 +19,7 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of a recipe's network with the weights in a file.
 
-    Example: [bold]clipq evaluate runs/lenet-5/recipe.yaml --weights runs/lenet-5/model.clipq[/]
+    Example: `clipq evaluate runs/lenet-5/recipe.yaml --weights runs/lenet-5/model.clipq`
 
     On the test set, or on the validation set where the data has no test set.
     """

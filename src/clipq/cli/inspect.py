@@ -20,7 +20,7 @@ def inspect(
 ) -> None:
     """Show every tensor of a file: shape, p, b, density, levels, bytes, share; and the totals.
 
-    Example: [bold]clipq inspect model.clipq[/]
+    Example: `clipq inspect model.clipq`
     """
     from clipq.archive import Archive
     from clipq.files import report
@@ -39,7 +39,7 @@ def verify(
 ) -> None:
     """Check a file whole: structure, checksums, every tensor decoded.
 
-    Example: [bold]clipq verify model.clipq[/]
+    Example: `clipq verify model.clipq`
 
     The exit code is 0 for a whole file, 3 for one with damaged tensors, and 1 for one that cannot be read at all.
     """

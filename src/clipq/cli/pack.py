@@ -22,7 +22,7 @@ def pack(
 ) -> None:
     """Put a model that any tool has quantized into a .clipq file; every bit of it comes back.
 
-    Example: [bold]clipq pack model.safetensors[/]
+    Example: `clipq pack model.safetensors`
 
     Tensors of few distinct values become small; the others are stored as they are.
     """
@@ -44,7 +44,7 @@ def unpack(
 ) -> None:
     """Turn a .clipq file into a .safetensors file of plain tensors.
 
-    Example: [bold]clipq unpack model.clipq --out model.safetensors[/]
+    Example: `clipq unpack model.clipq --out model.safetensors`
     """
     from clipq.files import load
     from clipq.formats import write_state
