@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipq.operator import cpu_kernels as kernels
+from clipq.operator.cpu_bits import JOB, SIGNS
+from clipq.operator.cpu_clip import BINS, BLOCK, LIST_CAPACITY, TALLIES, count_segment, locate, settle
+from clipq.operator.cpu_quantize import MAX_SLOTS, SUMS, assign_segment, prepare, quantize, round_levels, sum_segment
 from clipq.operator.threads import run_all
 
 SPLIT_SIZE = 1 << 18
@@ -25,7 +27,6 @@ _TAGS = {
     torch.bfloat16: np.empty(0, np.uint16),
     torch.float16: np.empty(0, np.int16),
 }
-_BITS = {torch.float64: np.int64, torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}
 _INFINITY = {
     torch.float64: 0x7FF << 52,
     torch.float32: 0xFF << 23,
@@ -52,13 +53,13 @@ class CpuBatch:
 
     def __init__(self, pruning_rates: Sequence[float], bits: Sequence[int], dtype: torch.dtype) -> None:
         self._tag = _TAGS[dtype]
-        self._bits = _BITS[dtype]
-        self._infinity = _INFINITY[dtype]
-        self._jobs = np.zeros(len(bits), kernels.JOB)
+        self._level_type = np.int64 if dtype == torch.float64 else np.int32
+        self._jobs = np.zeros(len(bits), JOB)
         self._jobs["pruning_rate"] = pruning_rates
         self._jobs["bits"] = bits
         self._jobs["low"] = 1
-        self._jobs["high"] = self._infinity
+        self._jobs["high"] = _INFINITY[dtype]
+        self._jobs["infinity"] = _INFINITY[dtype]
         self._schedule = _Schedule((), 0, (), ())
 
     def locate(self, addresses: Sequence[int], sizes: Sequence[int]) -> int | None:
@@ -70,35 +71,44 @@ class CpuBatch:
         jobs, tag = self._jobs, self._tag
         jobs["weight"], jobs["size"], jobs["found"] = addresses, sizes, 0
         schedule = self._schedule = _scheduled(self._schedule, tuple(sizes), torch.get_num_threads())
-        run_all([partial(kernels.locate, jobs, which, tag, *_scratch(1)) for which in schedule.whole])
+        run_all([partial(locate, jobs, which, tag, *self._scratch(1)) for which in schedule.whole])
         for index, segments in schedule.split:
-            job, scratch = jobs[index], _scratch(len(segments))
+            job, scratch = jobs[index], self._scratch(len(segments))
             settled = False
             while not settled:
                 run_all(
                     [
-                        partial(kernels.count_segment, job, *segment, tag, *(array[i] for array in scratch))
+                        partial(count_segment, job, *segment, tag, *(array[i] for array in scratch))
                         for i, segment in enumerate(segments)
                     ]
                 )
-                settled = kernels.settle(job, tag, *scratch)
-        bad = np.flatnonzero(jobs["largest"].max(axis=1) >= self._infinity)
+                settled = settle(job, *scratch)
+        bad = np.flatnonzero(jobs["largest"].max(axis=1) >= jobs["infinity"])
         return int(bad[0]) if len(bad) else None
 
     def quantize(self, addresses: Sequence[int]) -> None:
         """Write the quantized form of the tensors that `locate` was given to these addresses."""
         jobs, tag, schedule = self._jobs, self._tag, self._schedule
         jobs["out"] = addresses
-        run_all([partial(kernels.quantize, jobs, which, tag, _sums(1), self._table()) for which in schedule.whole])
+        run_all([partial(quantize, jobs, which, tag, _sums(1), self._table()) for which in schedule.whole])
         for index, segments in schedule.split:
             job, sums, table = jobs[index], _sums(len(segments)), self._table()
-            kernels.prepare(job, tag)
-            run_all([partial(kernels.sum_segment, job, *segment, tag, sums[i]) for i, segment in enumerate(segments)])
-            kernels.round_levels(job, tag, sums, table)
-            run_all([partial(kernels.assign_segment, job, *segment, tag, table) for segment in segments])
+            prepare(job, tag)
+            run_all([partial(sum_segment, job, *segment, tag, sums[i]) for i, segment in enumerate(segments)])
+            round_levels(job, tag, sums, table)
+            run_all([partial(assign_segment, job, *segment, tag, table) for segment in segments])
+
+    def _scratch(self, segments: int) -> tuple[NDArray[np.signedinteger], ...]:
+        """What `count_segment` fills, one of each a segment: tally, length, keys, bins."""
+        return (
+            np.empty((segments, SIGNS, TALLIES), np.int64),
+            np.empty((segments, 1), np.int64),
+            np.empty((segments, LIST_CAPACITY), np.int64),
+            np.empty((segments, SIGNS, BINS), np.int64),
+        )
 
     def _table(self) -> NDArray[np.signedinteger]:
-        return np.zeros(kernels.MAX_SLOTS, self._bits)
+        return np.empty(MAX_SLOTS, self._level_type)
 
 
 def _scheduled(last: _Schedule, sizes: tuple[int, ...], threads: int) -> _Schedule:
@@ -122,19 +132,9 @@ def _scheduled(last: _Schedule, sizes: tuple[int, ...], threads: int) -> _Schedu
 
 
 def _segments(size: int, threads: int) -> tuple[tuple[int, int], ...]:
-    bounds = [size * i // threads // kernels.BLOCK * kernels.BLOCK for i in range(threads)] + [size]
+    bounds = [size * i // threads // BLOCK * BLOCK for i in range(threads)] + [size]
     return tuple(pairwise(bounds))
 
 
-def _scratch(segments: int) -> tuple[NDArray[np.int64], ...]:
-    """What `count_segment` fills, one of each a segment: tally, listed, keys, bins."""
-    return (
-        np.zeros((segments, kernels.SIGNS, kernels.TALLIES), np.int64),
-        np.zeros((segments, kernels.SIGNS), np.int64),
-        np.empty((segments, kernels.SIGNS, kernels.LIST_CAPACITY), np.int64),
-        np.empty((segments, kernels.SIGNS, kernels.SEARCH_BINS), np.int64),
-    )
-
-
 def _sums(segments: int) -> NDArray[np.int64]:
-    return np.zeros((segments, kernels.MAX_SLOTS, kernels.SUMS), np.int64)
+    return np.zeros((segments, MAX_SLOTS, SUMS), np.int64)
