@@ -1,27 +1,24 @@
 """Tensors of few distinct values: a codebook, and for each element an index into it.
 
-Source: docs/format.md, "Code tensors". A tensor is cut into tiles of whole rows; each tile is one block that
-is coded alone, so tiles are encoded and decoded in parallel and read one by one.
+Source: docs/format.md, "Code tensors".
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from clipq.archive import dtypes
-from clipq.archive.model import decode_codes, encode_codes
 from clipq.archive.wire import Cursor, Sink
 
 MAX_LEVELS = 256
-TILE_ELEMENTS = 2**20
-
-_LOOKUP = 2**14  # elements at a time: NumPy widens the indices to 64 bits
+_CHUNK = 2**18
 
 U8 = npt.NDArray[np.uint8]
+Bits = npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
@@ -33,83 +30,89 @@ class Codebook:
         pivot: the index of the value that the others are counted from: zero, or else the commonest.
     """
 
-    bits: npt.NDArray[np.unsignedinteger]
+    bits: Bits
     pivot: int
 
 
-def find_codes(bits: npt.NDArray[np.unsignedinteger], dtype_code: int) -> tuple[Codebook, U8] | None:
+def find_codes(bits: Bits, dtype_code: int) -> tuple[Codebook, U8] | None:
     """The codebook of a tensor and the index of each element, or None if it has too many distinct values.
 
     Args:
-        bits: the elements' bit patterns, 1-D.
+        bits: the elements' bit patterns, 1-D, not empty.
         dtype_code: the format's number of their type.
     """
-    if bits.size == 0 or len(np.unique(bits[: 2**14])) > MAX_LEVELS:
+    chunks = [bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK)]
+    known = np.unique(bits[: 2**12])
+    for chunk in chunks:
+        if len(known) > MAX_LEVELS:
+            return None
+        new = chunk[known[_nearest(known, chunk)] != chunk]
+        if new.size:
+            known = np.union1d(known, new)
+    if len(known) > MAX_LEVELS:
         return None
-    patterns, codes, counts = np.unique(bits, return_inverse=True, return_counts=True)
-    if len(patterns) > MAX_LEVELS:
-        return None
-    order = np.argsort(dtypes.order_key(patterns, dtype_code))
+    order = np.argsort(dtypes.order_key(known, dtype_code))
     rank = np.empty(len(order), np.uint8)
     rank[order] = np.arange(len(order))
-    patterns, counts = patterns[order], counts[order]
-    zeros = np.flatnonzero(patterns == 0)
-    pivot = int(zeros[0]) if len(zeros) else int(counts.argmax())
-    return Codebook(patterns, pivot), rank[codes]
+    codes = np.concatenate([rank[_nearest(known, chunk)] for chunk in chunks])
+    zeros = np.flatnonzero(known[order] == 0)
+    pivot = zeros[0] if len(zeros) else np.bincount(codes).argmax()
+    return Codebook(known[order], int(pivot)), codes
 
 
-def tiles(shape: tuple[int, ...]) -> list[slice]:
-    """How a tensor's elements, in row-major order, are cut into tiles: whole rows, up to `TILE_ELEMENTS`."""
-    n, row = math.prod(shape), row_length(shape)
-    step = TILE_ELEMENTS // row * row
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+def _nearest(ascending: Bits, values: Bits) -> npt.NDArray[np.intp]:
+    return np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
 
 
-def tile_count(shape: tuple[int, ...]) -> int:
-    """How many tiles a tensor has."""
-    row = row_length(shape)
-    return -(-math.prod(shape) // (TILE_ELEMENTS // row * row))
+def encode_codebook(sink: Sink, codebook: Codebook, dtype_code: int) -> None:
+    """Write a codebook: the first value as it is, of the others the distance in order from the one before.
+
+    The distances are written as bit strings: the number of bits after the first one, then these bits.
+    """
+    itemsize = codebook.bits.dtype.itemsize
+    keys = [int(key) for key in dtypes.order_key(codebook.bits, dtype_code)]
+    field = _length_field(itemsize)
+    string, n = keys[0], 8 * itemsize
+    for before, key in itertools.pairwise(keys):
+        distance = key - before
+        length = distance.bit_length() - 1
+        string = (string << field | length) << length | (distance - (1 << length))
+        n += field + length
+    n_bytes = -(-n // 8)
+    sink.byte(len(keys) - 1)
+    sink.byte(codebook.pivot)
+    sink.raw((string << (8 * n_bytes - n)).to_bytes(n_bytes, "big"))
 
 
-def row_length(shape: tuple[int, ...]) -> int:
-    """Elements in a row: all dimensions but the first; of 1-D tensors all. Never above a tile's."""
-    return min(max(math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape), 1), TILE_ELEMENTS)
+def decode_codebook(cursor: Cursor, dtype_code: int) -> Codebook:
+    """Read a codebook.
 
-
-def encode_tile(codebook: Codebook, codes: U8, shape: tuple[int, ...], first: bool, effort: str) -> bytes:
-    """The payload of one tile; the first one of a tensor carries the codebook."""
-    sink = Sink()
-    if first:
-        sink.byte(len(codebook.bits) - 1)
-        sink.byte(codebook.pivot)
-        sink.raw(codebook.bits.tobytes())
-    if len(codebook.bits) > 1:
-        out = np.empty(3 * codes.size + 64, np.uint8)
-        n = encode_codes(codes, row_length(shape), codebook.pivot, len(codebook.bits), out)
-        sink.raw(out[:n].tobytes())
-    return bytes(sink.data)
-
-
-def decode_codebook(payload: memoryview, itemsize: int, what: str) -> tuple[Codebook, int]:
-    """The codebook in a tensor's first tile, and the bytes it takes there."""
-    cursor = Cursor(payload, what)
+    Raises:
+        DamagedFileError: it ends too soon, or a value is beyond the type's last one.
+    """
     levels, pivot = cursor.byte() + 1, cursor.byte()
     if pivot >= levels:
         raise cursor.damaged(f"the pivot is level {pivot} of {levels}")
-    bits = np.frombuffer(cursor.raw(levels * itemsize), f"<u{itemsize}")
-    return Codebook(bits, pivot), cursor.position
+    width = 8 * dtypes.BY_CODE[dtype_code][1].itemsize
+    field = _length_field(width // 8)
+    string = n = 0
+
+    def take(bits: int) -> int:
+        nonlocal string, n
+        while n < bits:
+            string, n = string << 8 | cursor.byte(), n + 8
+        n -= bits
+        value, string = string >> n, string & ((1 << n) - 1)
+        return value
+
+    keys = [take(width)]
+    for _ in range(levels - 1):
+        length = take(field)
+        keys.append(keys[-1] + (1 << length | take(length)))
+    if keys[-1] >> width:
+        raise cursor.damaged("a codebook's values do not fit its type")
+    return Codebook(dtypes.bits_from_key(np.array(keys, f"<u{width // 8}"), dtype_code), pivot)
 
 
-def decode_tile(
-    codebook: Codebook, data: memoryview, shape: tuple[int, ...], out: npt.NDArray[np.unsignedinteger], what: str
-) -> None:
-    """Decode one tile's elements, as bit patterns, into ``out``; ``data`` is its payload behind any codebook."""
-    if len(codebook.bits) == 1:
-        Cursor(data, what).end()
-        out[:] = codebook.bits[0]
-        return
-    codes = np.empty(out.size, np.uint8)
-    decode_codes(np.frombuffer(data, np.uint8), row_length(shape), codebook.pivot, len(codebook.bits), codes)
-    for start in range(0, out.size, _LOOKUP):
-        part = slice(start, start + _LOOKUP)
-        np.take(codebook.bits, codes[part], out=out[part], mode="clip")
+def _length_field(itemsize: int) -> int:
+    return (8 * itemsize).bit_length() - 1

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clipq.archive import dtypes
-from clipq.archive.codes import tile_count
 from clipq.archive.raw import block_step
+from clipq.archive.tiles import can_swap, tile_count
 from clipq.archive.wire import Cursor, Sink
 from clipq.errors import ArchiveError, DamagedFileError
 
@@ -28,7 +28,7 @@ MAX_GROUP_BYTES = 2**18
 
 Kind = Literal["codes", "raw", "group", "tied"]
 _KINDS: tuple[Kind, ...] = ("codes", "raw", "group", "tied")
-_PLANNED = 0x80
+_PLANNED, _SWAPPED = 0x80, 0x40
 _RATE_UNIT = 1_000_000
 
 
@@ -60,6 +60,7 @@ class TensorHeader:
         kind: "codes" (a codebook, and an index into it for each element), "raw" (planes of bytes), "group"
             (raw, in one block with other small tensors) or "tied" (the same tensor as an earlier one).
         blocks: which of the file's blocks hold it, in order; for "group" the one that it shares.
+        swapped: of "codes": its first two dimensions changed places before it was coded.
         tied_to: the name of the earlier tensor, for "tied".
         planned: p and b, if they were given.
     """
@@ -69,6 +70,7 @@ class TensorHeader:
     shape: tuple[int, ...]
     kind: Kind
     blocks: range = range(0)
+    swapped: bool = False
     tied_to: str | None = None
     planned: Planned | None = None
 
@@ -113,7 +115,7 @@ def encode_header(tensors: Sequence[TensorHeader], payloads: Sequence[bytes], me
         sink.varint(len(name) - shared)
         sink.raw(name[shared:])
         previous = name
-        sink.byte(_KINDS.index(t.kind) | (_PLANNED if t.planned else 0))
+        sink.byte(_KINDS.index(t.kind) | (_PLANNED if t.planned else 0) | (_SWAPPED if t.swapped else 0))
         if t.planned:
             sink.varint(round(t.planned.pruning_rate * _RATE_UNIT))
             sink.byte(t.planned.bits)
@@ -227,9 +229,10 @@ def _decode_tensor(
     planned = None
     if flags & _PLANNED:
         planned = Planned(cursor.varint(_RATE_UNIT) / _RATE_UNIT, cursor.byte())
-    if flags & ~_PLANNED >= len(_KINDS):
-        raise cursor.damaged(f"{name!r} is stored in a way, {flags & ~_PLANNED}, that this format has not")
-    kind = _KINDS[flags & ~_PLANNED]
+    how = flags & ~(_PLANNED | _SWAPPED)
+    if how >= len(_KINDS) or (flags & _SWAPPED and _KINDS[how] != "codes"):
+        raise cursor.damaged(f"{name!r} is stored in a way, {flags}, that this format has not")
+    kind, swapped = _KINDS[how], bool(flags & _SWAPPED)
     if kind == "tied":
         target = cursor.varint()
         if target >= len(earlier) or earlier[target].kind == "tied":
@@ -248,7 +251,7 @@ def _decode_tensor(
     if kind != "group" and next_block + number > n_blocks:
         raise cursor.damaged(f"{name!r} has {number} blocks and {n_blocks - next_block} are left")
     used = range(number, number + 1) if kind == "group" else range(next_block, next_block + number)
-    return TensorHeader(name, dtypes.BY_CODE[code][0], shape, kind, used, planned=planned)
+    return TensorHeader(name, dtypes.BY_CODE[code][0], shape, kind, used, swapped, planned=planned)
 
 
 def group_order(name: str) -> str:
@@ -277,7 +280,8 @@ def check_layout(tensors: Sequence[TensorHeader]) -> dict[int, list[TensorHeader
 
 def _block_count(tensor: TensorHeader, itemsize: int) -> int:
     if tensor.kind == "codes":
-        return tile_count(tensor.shape) if itemsize <= 8 else -1
+        fits = itemsize <= 8 and (can_swap(tensor.shape) or not tensor.swapped)
+        return tile_count(tensor.shape, tensor.swapped) if fits else -1
     return -(-tensor.nbytes // block_step(itemsize))
 
 

@@ -1,90 +1,287 @@
-"""The model of a tensor of codes: which bit is likely where."""
+"""The model of a code tensor: how likely each bit is, given all that came before it.
+
+Source: docs/format.md, "Model". A code is coded as a zero flag, a sign, and the bits of its level. The
+logit of each bit is a weighted sum of what several predictors say; the weights are learned as the coding goes on
+(logistic mixing). The predictors are the running activity of the column, of its group and of the row, the
+neighbours, and adaptive probabilities in contexts of them. What depends on earlier rows only is worked
+out a row at a time, so that it can be vectorised.
+
+Encoder and decoder are one function, made twice: they can never disagree. All arithmetic is on integers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
-from numba import njit, types
+import numpy.typing as npt
+from numba import njit
 
-from clipq.archive.rangecoder import (
-    ONE,
-    U8,
-    decode_bit,
-    encode_bit,
-    finish_encoder,
-    start_decoder,
-    start_encoder,
-)
+from clipq.archive.tables import ADAPT, CAPPED, LOG, NEAR, RECIPROCAL, SQUASH, STEP, STRETCH
 
-_READONLY = types.Array(types.uint8, 1, "C", readonly=True)
-N_ZERO, N_SIGN, N_LEVEL = 27, 9, 3 * 256
+U8 = npt.NDArray[np.uint8]
+I8 = npt.NDArray[np.int8]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
 
+NEIGHBOUR_CONTEXTS, ACTIVITY_CONTEXTS = 81, 24
+ZERO_WEIGHTS = (24000, 5000, 0, 16000, 32000, 28000)  # column, group, above, row, two adaptive probabilities
+LEVEL_WEIGHTS = (14000, 24000, 44000)  # activity, two adaptive probabilities
+SIGN_WEIGHTS = (-690000, -545000, -63000, -800000)  # left, lag 1, above, column
+MAX_WEIGHT = 1 << 20
+OUT_OF_SPACE = -1
 
-@njit(nogil=True, inline="always")
-def _adapt(p: np.ndarray, i: int, bit: int) -> None:
-    if bit:
-        p[i] += (ONE - 32 - p[i]) >> 5
-    else:
-        p[i] -= (p[i] - 32) >> 5
-
-
-@njit(nogil=True, inline="always")
-def _context(left: int, left2: int, up: int) -> int:
-    return min(abs(left), 2) * 9 + min(abs(left2), 2) * 3 + min(abs(up), 2)
+# An index of this type spares the look at whether it is negative. To the type checker it is a plain integer.
+_u: Any = np.uint64
+_LEAST = 1 << 32
+_START = (1 << 48) - 1
+_EVEN = 1 << 30  # an adaptive probability of a half that saw no bit yet: 23 bits of probability, 8 of count
 
 
-@njit(types.int64(_READONLY, types.int64, types.int64, types.int64, types.uint8[::1]), nogil=True, cache=True)
-def encode_codes(codes: U8, row: int, pivot: int, levels: int, out: U8) -> int:
-    """Encode codes, ``row`` a row, into ``out``; the number of bytes used."""
-    state = np.zeros(3, np.int64)
-    start_encoder(state)
-    p = np.full(N_ZERO + N_SIGN + N_LEVEL, ONE // 2, np.int64)
-    for i in range(codes.size):
-        left = codes[i - 1] - pivot if i >= 1 else 0
-        left2 = codes[i - 2] - pivot if i >= 2 else 0
-        up = codes[i - row] - pivot if i >= row else 0
-        value = codes[i] - pivot
-        context = _context(left, left2, up)
-        encode_bit(state, out, int(value != 0), p[context])
-        _adapt(p, context, int(value != 0))
-        if value != 0:
-            s = N_ZERO + (0 if left == 0 else 1 if left < 0 else 2) * 3 + (0 if up == 0 else 1 if up < 0 else 2)
-            encode_bit(state, out, int(value < 0), p[s])
-            _adapt(p, s, int(value < 0))
-            rest = abs(value) - 1
-            base = N_ZERO + N_SIGN + 256 * min(2, (abs(left) + abs(up)) >> 1)
-            node = 1
-            for shift in range(7, -1, -1):
-                bit = (rest >> shift) & 1
-                encode_bit(state, out, bit, p[base + node])
-                _adapt(p, base + node, bit)
-                node = node * 2 + bit
-    return finish_encoder(state, out)
+@njit(nogil=True)
+def _adapted(slot: int, bit: int, limit: int) -> int:
+    """An adaptive probability after it saw a bit."""
+    count, p = slot & 255, slot >> 8
+    share: int = ADAPT[_u(count)]
+    p += (((bit << 23) - (bit << 3) - p) * share) >> 16
+    return p << 8 | (count + 1 if count < limit else limit)
 
 
-@njit(types.void(_READONLY, types.int64, types.int64, types.int64, types.uint8[::1]), nogil=True, cache=True)
-def decode_codes(data: U8, row: int, pivot: int, levels: int, codes: U8) -> None:
-    """Decode as many codes as there is room for; never one above ``levels - 1``."""
-    state = np.zeros(3, np.int64)
-    start_decoder(state, data)
-    p = np.full(N_ZERO + N_SIGN + N_LEVEL, ONE // 2, np.int64)
-    for i in range(codes.size):
-        left = codes[i - 1] - pivot if i >= 1 else 0
-        left2 = codes[i - 2] - pivot if i >= 2 else 0
-        up = codes[i - row] - pivot if i >= row else 0
-        context = _context(left, left2, up)
-        bit = decode_bit(state, data, p[context])
-        _adapt(p, context, bit)
-        value = 0
-        if bit:
-            s = N_ZERO + (0 if left == 0 else 1 if left < 0 else 2) * 3 + (0 if up == 0 else 1 if up < 0 else 2)
-            negative = decode_bit(state, data, p[s])
-            _adapt(p, s, negative)
-            base = N_ZERO + N_SIGN + 256 * min(2, (abs(left) + abs(up)) >> 1)
-            node = 1
-            for _ in range(8):
-                bit = decode_bit(state, data, p[base + node])
-                _adapt(p, base + node, bit)
-                node = node * 2 + bit
-            value = node - 255
-            value = -value if negative else value
-        codes[i] = min(max(pivot + value, 0), levels - 1)
+@njit(nogil=True)
+def _decode_bit(low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int, int]:
+    bound = (width >> 16) * p1
+    bit = 1 if low < bound else 0
+    low = low if bit else low - bound
+    width = bound if bit else width - bound
+    if width < _LEAST:
+        low = low << 16 | words[_u(position)]
+        width <<= 16
+        position += 1 if position + 1 < words.size else 0
+    return bit, low, width, position
+
+
+@njit(nogil=True)
+def _encode_bit(bit: int, low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int]:
+    bound = (width >> 16) * p1
+    low = low if bit else low + bound
+    width = bound if bit else width - bound
+    if width < _LEAST:
+        words[_u(position)] = low >> 32  # up to 17 bits: carries are settled at the end
+        low = (low & (_LEAST - 1)) << 16
+        width <<= 16
+        position += 1
+    return low, width, position
+
+
+@njit(nogil=True)
+def _probability(logit: int) -> int:
+    p: int = SQUASH[_u(2048 + (-2047 if logit < -2047 else 2047 if logit > 2047 else logit))]
+    return p
+
+
+@njit(nogil=True)
+def _learned(weight: int, step: int) -> int:
+    weight += step >> 16
+    return -MAX_WEIGHT if weight < -MAX_WEIGHT else MAX_WEIGHT if weight > MAX_WEIGHT else weight
+
+
+@njit(nogil=True)
+def _look_above(
+    signed: I8, here: int, row: int, m: int, lag2: int, column: I64, group: I64, mean: int, x0: I32, x1: I32, x2: I32
+) -> None:
+    """What earlier rows tell of this one: the activity of the column, of its group, and of the elements above."""
+    log_mean, half = LOG[mean], mean >> 1
+    k = c = 0
+    for j in range(m):
+        x1[j] = LOG[group[c] >> 8] - log_mean
+        k += 1
+        if k == lag2:
+            k, c = 0, c + 1
+    above, above2 = signed[here - row - 1 : here - row + m + 1], signed[here - 2 * row : here - 2 * row + m]
+    for j in range(m):
+        near = 2 * abs(above[j + 1]) + abs(above2[j]) + abs(above[j]) + abs(above[j + 2])
+        x0[j] = LOG[column[j] >> 8] - log_mean
+        x2[j] = LOG[near * 25 + half] - log_mean
+
+
+@njit(nogil=True)
+def _correlation(error: I32, x: I32, m: int) -> int:
+    total = 0
+    for j in range(m):
+        total += error[j] * x[j]
+    return total >> 8
+
+
+@njit(nogil=True)
+def _remember(signed: I8, here: int, m: int, lag2: int, rows: int, column: I64, column_sign: I64, group: I64) -> None:
+    """Bring the running means up to date with a row."""
+    share = RECIPROCAL[rows + 2]
+    for j in range(m):
+        value = signed[here + j]
+        column[j] += ((abs(value) << 16) - column[j]) * share >> 16
+        column_sign[j] += ((value << 16) - column_sign[j]) >> 3
+    share = RECIPROCAL[rows + 1]
+    total = k = c = 0
+    for j in range(m):
+        total += abs(signed[here + j])
+        k += 1
+        if k == lag2 or j == m - 1:
+            group[c] += ((total << 16) // k - group[c]) * share >> 16
+            total, k, c = 0, 0, c + 1
+
+
+def _build(decoding: bool) -> Callable[..., int]:
+    """Make the coder of one tile.
+
+    Its arguments: codes (uint8, in or out); words (int32, 16 bits each, out or in; when decoding the last
+    must be 0); row length; two lags at which neighbours in the row lie; pivot; levels; mean activity in units
+    of 1/256; the step of the zero flag's weights; how many bits an adaptive probability remembers.
+    It returns the number of words used, or `OUT_OF_SPACE`.
+    """
+
+    @njit(nogil=True, cache=True)
+    def code_tile(
+        codes: U8, words: I32, row: int, lag1: int, lag2: int, pivot: int, levels: int, mean: int, rate: int, limit: int
+    ) -> int:
+        n = codes.size
+        low, width, position = 0, _START, 0
+        if decoding:
+            low = words[0] << 32 | words[1] << 16 | words[2]
+            position = 3
+        largest = pivot if pivot > levels - 1 - pivot else levels - 1 - pivot
+        bits = 0
+        while 1 << bits < largest:
+            bits += 1
+        shift = bits - 3 if bits > 3 else 0
+        pad = 2 * row + 2
+        pad = lag1 if lag1 > pad else pad
+        pad = lag2 if lag2 > pad else pad
+        signed = np.zeros(pad + n + row + 2, np.int8)  # activity of each element, 0 to 8, with its sign
+        column = np.full(row, mean << 8, np.int64)
+        column_sign = np.zeros(row, np.int64)
+        group = np.full(row // lag2 + 1, mean << 8, np.int64)
+        x0, x1, x2 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
+        x3, x4, x5 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
+        known, error = np.zeros(row, np.int32), np.zeros(row, np.int32)
+        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS) << 8, _EVEN, np.int32)
+        steps = np.zeros(10, np.int64)
+        weights = np.zeros(9 * 4, np.int64)
+        for d in range(1, 9):
+            for f in range(3):
+                weights[4 * d + f] = LEVEL_WEIGHTS[f]
+        z0, z1, z2, z3, z4, z5 = ZERO_WEIGHTS
+        g0, g1, g2, g3 = SIGN_WEIGHTS
+        log_mean = LOG[mean]
+        if row > 2048:
+            rate = (rate * 2048 + row - 1) // row
+
+        for r in range((n + row - 1) // row):
+            start = r * row
+            here = pad + start
+            m = row if row < n - start else n - start
+            if not decoding and position + 7 * m + 3 > words.size:
+                return OUT_OF_SPACE
+            _look_above(signed, here, row, m, lag2, column, group, mean, x0, x1, x2)
+            for j in range(m):
+                known[j] = (x0[j] * z0 + x1[j] * z1 + x2[j] * z2) >> 16
+
+            row_activity = mean << 8
+            for j in range(m):
+                q = here + j
+                left, left2 = signed[_u(q - 1)], signed[_u(q - lag1)]
+                left3, up = signed[_u(q - lag2)], signed[_u(q - row)]
+                a = LOG[_u(row_activity >> 8)] - log_mean
+                activity = known[_u(j)] + (a * z3 >> 16)
+                h0 = (
+                    27 * NEAR[_u(left + 8)] + 9 * NEAR[_u(left2 + 8)] + 3 * NEAR[_u(up + 8)] + NEAR[_u(left3 + 8)]
+                ) << 8
+                h1 = (activity >> 6) + 12
+                h1 = (NEIGHBOUR_CONTEXTS + (0 if h1 < 0 else 23 if h1 > 23 else h1)) << 8
+                s0, s1 = slots[_u(h0)], slots[_u(h1)]
+                b, c = STRETCH[_u(s0 >> 19)], STRETCH[_u(s1 >> 19)]
+                p1 = _probability(activity + ((b * z4 + c * z5) >> 16))
+                code = pivot
+                if decoding:
+                    bit, low, width, position = _decode_bit(low, width, position, words, p1)
+                else:
+                    code = pivot + (codes[_u(start + j)] - pivot)
+                    bit = 1 if code != pivot else 0
+                    low, width, position = _encode_bit(bit, low, width, position, words, p1)
+                x3[_u(j)], x4[_u(j)], x5[_u(j)], error[_u(j)] = a, b, c, (bit << 16) - p1
+                slots[_u(h0)] = _adapted(s0, bit, limit)
+                slots[_u(h1)] = _adapted(s1, bit, limit)
+
+                size = 0
+                if bit:
+                    y0, y1, y2 = CAPPED[_u(left + 8)], CAPPED[_u(left2 + 8)], CAPPED[_u(up + 8)]
+                    y3 = column_sign[_u(j)] >> 12
+                    p1 = _probability((y0 * g0 + y1 * g1 + y2 * g2 + y3 * g3) >> 16)
+                    if decoding:
+                        negative, low, width, position = _decode_bit(low, width, position, words, p1)
+                    else:
+                        negative = 1 if code < pivot else 0
+                        low, width, position = _encode_bit(negative, low, width, position, words, p1)
+                    e = ((negative << 16) - p1) * STEP[_u(steps[9])] >> 10
+                    steps[9] += 1 if steps[9] < 255 else 0
+                    g0 += (y0 * e + 8) >> 4
+                    g1 += (y1 * e + 8) >> 4
+                    g2 += (y2 * e + 8) >> 4
+                    g3 += (y3 * e + 8) >> 4
+
+                    node, level = 1, (pivot - code if negative else code - pivot) - 1
+                    for d in range(1, bits + 1):
+                        s0, s1 = slots[_u(h0 + node)], slots[_u(h1 + node)]
+                        b, c = STRETCH[_u(s0 >> 19)], STRETCH[_u(s1 >> 19)]
+                        w0, w1, w2 = weights[_u(4 * d)], weights[_u(4 * d + 1)], weights[_u(4 * d + 2)]
+                        p1 = _probability((activity * w0 + b * w1 + c * w2) >> 16)
+                        if decoding:
+                            bit, low, width, position = _decode_bit(low, width, position, words, p1)
+                        else:
+                            bit = level >> (bits - d) & 1
+                            low, width, position = _encode_bit(bit, low, width, position, words, p1)
+                        e = ((bit << 16) - p1) * STEP[_u(steps[_u(d)])] >> 10
+                        steps[_u(d)] += 1 if steps[_u(d)] < 255 else 0
+                        weights[_u(4 * d)] = w0 + ((activity * e + 8192) >> 14)
+                        weights[_u(4 * d + 1)] = w1 + ((b * e + 8192) >> 14)
+                        weights[_u(4 * d + 2)] = w2 + ((c * e + 8192) >> 14)
+                        slots[_u(h0 + node)] = _adapted(s0, bit, limit)
+                        slots[_u(h1 + node)] = _adapted(s1, bit, limit)
+                        node = 2 * node + bit
+                    level = node - (1 << bits)
+                    size = 1 + (level >> shift)
+                    signed[_u(q)] = -size if negative else size
+                    if decoding:
+                        code = pivot - 1 - level if negative else pivot + 1 + level
+                if decoding:
+                    codes[_u(start + j)] = 0 if code < 0 else levels - 1 if code >= levels else code
+                row_activity += ((size << 16) - row_activity) * RECIPROCAL[_u(j + 8 if j < 242 else 250)] >> 16
+
+            z0 = _learned(z0, _correlation(error, x0, m) * rate)
+            z1 = _learned(z1, _correlation(error, x1, m) * rate)
+            z2 = _learned(z2, _correlation(error, x2, m) * rate)
+            z3 = _learned(z3, _correlation(error, x3, m) * rate)
+            z4 = _learned(z4, _correlation(error, x4, m) * rate)
+            z5 = _learned(z5, _correlation(error, x5, m) * rate)
+            _remember(signed, here, m, lag2, r if r < 60 else 60, column, column_sign, group)
+
+        if not decoding:
+            # The number in the interval with the most zeros at its end: those are not stored.
+            top = low + width - 1
+            for zeros in range(48, -1, -8):
+                if top >> zeros << zeros >= low:
+                    low = top >> zeros << zeros
+                    break
+            words[position], words[position + 1], words[position + 2] = low >> 32, low >> 16 & 65535, low & 65535
+            position += 3
+            carry = 0
+            for i in range(position - 1, -1, -1):
+                total = words[i] + carry
+                words[i], carry = total & 65535, total >> 16
+        return position
+
+    return code_tile
+
+
+encode_tile = _build(decoding=False)
+decode_tile = _build(decoding=True)

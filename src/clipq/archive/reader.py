@@ -6,18 +6,20 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from clipq.archive import codes as code_tensors
 from clipq.archive import dtypes
+from clipq.archive.codes import decode_codebook
 from clipq.archive.container import PRELUDE, TensorHeader, check_layout, check_prelude, decode_header
 from clipq.archive.raw import block_step, decode_raw
 from clipq.archive.sources import Source, open_source
+from clipq.archive.tiles import decode_scan, decode_tile, tiles
+from clipq.archive.wire import Cursor
 from clipq.errors import DamagedFileError, TooLargeError
 
 Array = npt.NDArray[np.generic]
@@ -43,7 +45,8 @@ class Archive(Mapping[str, Array]):
 
     def __init__(self, source: Source, *, limit: int | None = None) -> None:
         self._stack = ExitStack()
-        with ExitStack() as on_error:
+        self._place = f"{os.fspath(source)}: " if isinstance(source, str | os.PathLike) else ""
+        with ExitStack() as on_error, self._naming_the_file():
             on_error.push(self._stack)
             self._input = open_source(source, self._stack)
             size = self._input.size
@@ -56,6 +59,15 @@ class Archive(Mapping[str, Array]):
         self.limit: int = max(LIMIT_FLOOR, LIMIT_RATIO * size) if limit is None else limit
         self.tensors: Mapping[str, TensorHeader] = MappingProxyType({t.name: t for t in self._header.tensors})
         self.metadata: Mapping[str, str] = MappingProxyType(dict(self._header.metadata))
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Put the path, if there is one, in front of what an error says."""
+        try:
+            yield
+        except (DamagedFileError, TooLargeError) as error:
+            error.args = (f"{self._place}{error}",)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -106,13 +118,15 @@ class Archive(Mapping[str, Array]):
         """Like `read`, but of a damaged file give the whole tensors, and what is wrong with the others."""
         wanted = list(self.tensors if names is None else names)
         stored = {self.tensors[name].tied_to or name: None for name in wanted}
-        self._check_size([self.tensors[name] for name in stored])
+        with self._naming_the_file():
+            self._check_size([self.tensors[name] for name in stored])
         arrays: dict[str, Array] = {}
         damaged: dict[str, DamagedFileError] = {}
         with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, MAX_WORKERS)) as pool:
             for name in stored:
                 try:
-                    arrays[name] = self._decode(self.tensors[name], pool)
+                    with self._naming_the_file():
+                        arrays[name] = self._decode(self.tensors[name], pool)
                 except DamagedFileError as error:
                     damaged[name] = error
         sources = {name: self.tensors[name].tied_to or name for name in wanted}
@@ -126,8 +140,8 @@ class Archive(Mapping[str, Array]):
         tensor = self.tensors[self.tensors[name].tied_to or name]
         if tensor.kind != "codes":
             return None
-        itemsize = dtypes.BY_NAME[tensor.dtype][1].itemsize
-        return len(code_tensors.decode_codebook(self._payload(tensor, 0), itemsize, tensor.name)[0].bits)
+        cursor = Cursor(self._payload(tensor, 0), tensor.name)
+        return len(decode_codebook(cursor, dtypes.BY_NAME[tensor.dtype][0]).bits)
 
     def stored_bytes(self, name: str) -> int:
         """Payload bytes of a tensor: 0 if it is tied to another, its share by size of a block with others."""
@@ -165,16 +179,18 @@ class Archive(Mapping[str, Array]):
         return out.view(dtype).reshape(tensor.shape)
 
     def _decode_codes(self, tensor: TensorHeader, out: npt.NDArray[np.uint8], pool: ThreadPoolExecutor) -> None:
-        itemsize = dtypes.BY_NAME[tensor.dtype][1].itemsize
-        elements = out.view(f"<u{itemsize}")
+        code, dtype = dtypes.BY_NAME[tensor.dtype]
+        elements = out.view(dtypes.bits_dtype(dtype))
         first = self._payload(tensor, 0)
-        codebook, used = code_tensors.decode_codebook(first, itemsize, tensor.name)
+        cursor = Cursor(first, tensor.name)
+        codebook = decode_codebook(cursor, code)
+        scan = decode_scan(cursor, tensor.swapped)
 
         def decode(i: int, tile: slice) -> None:
-            payload = first[used:] if i == 0 else self._payload(tensor, i)
-            code_tensors.decode_tile(codebook, payload, tensor.shape, elements[tile], tensor.name)
+            payload = first[cursor.position :] if i == 0 else self._payload(tensor, i)
+            decode_tile(codebook, payload, tensor.shape, scan, tile, elements, tensor.name)
 
-        for _ in pool.map(decode, range(len(tensor.blocks)), code_tensors.tiles(tensor.shape)):
+        for _ in pool.map(decode, range(len(tensor.blocks)), tiles(tensor.shape, tensor.swapped)):
             pass
 
     def _decode_raw(self, tensor: TensorHeader, out: npt.NDArray[np.uint8], pool: ThreadPoolExecutor) -> None:

@@ -14,10 +14,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from clipq.archive import codes as code_tensors
-from clipq.archive import dtypes
+from clipq.archive import dtypes, tiles
+from clipq.archive.codes import encode_codebook, find_codes
 from clipq.archive.container import MAX_GROUP_BYTES, Kind, Planned, TensorHeader, encode_header, group_order
 from clipq.archive.raw import block_step, encode_raw
+from clipq.archive.wire import Sink
 from clipq.errors import ArchiveError
 
 Array = npt.NDArray[np.generic]
@@ -37,6 +38,7 @@ class Tied:
 class _Stored:
     kind: Kind
     payloads: list[bytes]
+    swapped: bool = False
 
 
 def encode_file(
@@ -77,7 +79,9 @@ def encode_file(
             array = arrays[name]
             dtype = dtypes.BY_CODE[dtypes.code_of(array, name)][0]
             first, n = group_of.get(name, len(payloads)), max(len(stored[name].payloads), name in group_of)
-            header = TensorHeader(name, dtype, array.shape, stored[name].kind, range(first, first + n))
+            header = TensorHeader(
+                name, dtype, array.shape, stored[name].kind, range(first, first + n), stored[name].swapped
+            )
             payloads += stored[name].payloads
         headers[name] = replace(header, planned=(planned or {}).get(name))
     return encode_header(list(headers.values()), payloads, metadata or {}) + b"".join(payloads)
@@ -126,10 +130,10 @@ def _encode_tensor(array: Array, name: str, effort: Effort, pool: ThreadPoolExec
         return _Stored("raw", [])
     small = array.nbytes < GROUPED_BYTES
     coded = _encode_codes(array, name, effort, pool)
-    if coded and small and sum(map(len, coded)) + _BLOCK_OVERHEAD > len(_encode_group([array], effort)):
+    if coded and small and sum(map(len, coded.payloads)) + _BLOCK_OVERHEAD > len(_encode_group([array], effort)):
         coded = None
     if coded:
-        return _Stored("codes", coded)
+        return coded
     if small:
         return _Stored("group", [])
     data, step = _bytes(array), block_step(array.itemsize)
@@ -137,19 +141,25 @@ def _encode_tensor(array: Array, name: str, effort: Effort, pool: ThreadPoolExec
     return _Stored("raw", list(pool.map(lambda part: encode_raw(part, array.itemsize, effort), parts)))
 
 
-def _encode_codes(array: Array, name: str, effort: Effort, pool: ThreadPoolExecutor) -> list[bytes] | None:
+def _encode_codes(array: Array, name: str, effort: Effort, pool: ThreadPoolExecutor) -> _Stored | None:
     if array.itemsize > 8:
         return None
-    bits = _bytes(array).view(dtypes.bits_dtype(array.dtype))
-    found = code_tensors.find_codes(bits, dtypes.code_of(array, name))
+    dtype_code = dtypes.code_of(array, name)
+    found = find_codes(_bytes(array).view(dtypes.bits_dtype(array.dtype)), dtype_code)
     if found is None:
         return None
     codebook, codes = found
+    scan = tiles.choose_scan(codebook, codes, array.shape, effort)
+    ordered = tiles.in_scan_order(codes, array.shape, scan.swapped)
+    start = Sink()
+    encode_codebook(start, codebook, dtype_code)
+    tiles.encode_scan(start, scan)
 
     def encode(tile: slice) -> bytes:
-        return code_tensors.encode_tile(codebook, codes[tile], array.shape, tile.start == 0, effort)
+        return tiles.encode_tile(codebook, ordered[tile], array.shape, scan)
 
-    return list(pool.map(encode, code_tensors.tiles(array.shape)))
+    payloads = list(pool.map(encode, tiles.tiles(array.shape, scan.swapped)))
+    return _Stored("codes", [bytes(start.data) + payloads[0], *payloads[1:]], scan.swapped)
 
 
 def _encode_group(arrays: Sequence[Array], effort: Effort) -> bytes:
