@@ -1,7 +1,7 @@
 """The constant tables of the model, computed the same on every machine.
 
 Source: docs/format.md, "Tables". Logits are in units of 1/256, probabilities of 1/65536. No entry before rounding
-lies within 1e-5 of a rounding boundary, so any mathematics library gives these integers.
+lies within 1e-6 of a rounding boundary, so any mathematics library gives these integers.
 """
 
 from __future__ import annotations
