@@ -4,8 +4,8 @@
 
 Runs each recipe as it is (``clipq compress``) with several seeds, and beside it two-stage compression with the same
 plan, the same total epochs and the same learning-rate schedule in each stage: prune once and fine-tune what is left,
-then quantize what is left and fine-tune. A finished run is not repeated. Writes ``benchmarks/results/recipes.json``
-and the page ``docs/results.md``.
+then quantize what is left and fine-tune. Runs are kept in ``runs/recipes`` and not repeated; their files are written
+and measured anew each time. Writes ``benchmarks/results/recipes.json`` and the page ``docs/results.md``.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import clipq
-from clipq.data import load_data
+from clipq.data import Data, load_data
 from clipq.finetune.compress import evaluate, make_fabric, make_plan
 from clipq.finetune.loop import fit
 from clipq.finetune.network import find_weights, load_weights, make_network
 from clipq.finetune.watch import Silent
+from clipq.formats import read_state, write_state
 from clipq.operator import clip_quantize
 from clipq.recipe import Recipe
 
@@ -41,30 +40,25 @@ RECIPES = {
 """Recipe, the most points of error that it may add, the least ratio that it must reach."""
 RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"
 PAGE = ROOT / "docs" / "results.md"
+WEIGHTS = "weights.safetensors"
 METHODS = {"in-parallel": "in parallel (CLIP-Q)", "two-stage": "two stages"}
 
 
-def in_parallel(path: str, data_root: str, seed: int, out: Path) -> dict[str, Any]:
+def in_parallel(path: str, data_root: str, seed: int, folder: Path) -> None:
     """The recipe through the command line, as a user runs it."""
     command = [sys.executable, "-m", "clipq", "compress", path, "--data-root", data_root, "--seed", str(seed)]
-    command += ["--out", str(out), "--json"]
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout)
-    return {
-        "float_accuracy": report["accuracy"]["before"],
-        "accuracy": report["accuracy"]["reloaded"],
-        "bytes": report["bytes"]["file"],
-        "float32_bytes": report["bytes"]["float32"],
-    }
+    subprocess.run([*command, "--out", str(folder), "--force", "--json"], check=True, stdout=subprocess.PIPE, cwd=ROOT)
+    state = clipq.load(folder / "model.clipq")
+    write_state(folder / WEIGHTS, state)
 
 
-def two_stage(path: str, data_root: str, seed: int, out: Path) -> dict[str, Any]:
+def two_stage(path: str, data_root: str, seed: int, folder: Path) -> None:
     """Prune for good and fine-tune; then quantize what is left and fine-tune."""
     recipe = Recipe.load(ROOT / path, {"seed": seed, "data_root": data_root})
     network = make_network(recipe)
     load_weights(network, find_weights(recipe))
-    data = load_data(recipe.data, data_root, seed, validation_fraction=recipe.validation_fraction)
+    data = _data(recipe)
     fabric = make_fabric(recipe)
-    float_accuracy = evaluate(network, data, recipe, fabric.device).accuracy
     plan = make_plan(network, recipe)
 
     for name, tensor in plan.tensors.items():
@@ -87,39 +81,49 @@ def two_stage(path: str, data_root: str, seed: int, out: Path) -> dict[str, Any]
             watcher=Silent(),
             end_of_epoch=lambda state: None,
         )
-    size = clipq.save(network, out).bytes
-    clipq.load(out, into=network)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.save(folder / "plan.json")
+    write_state(folder / WEIGHTS, network.state_dict())
+
+
+def measure(path: str, data_root: str, folder: Path) -> dict[str, Any]:
+    """Write the file of a finished run anew, and measure its bytes, and the accuracy of the network it gives back."""
+    recipe = Recipe.load(ROOT / path, {"data_root": data_root})
+    data = _data(recipe)
+    network = make_network(recipe)
+    load_weights(network, find_weights(recipe))
+    device = make_fabric(recipe).device
+    float_accuracy = evaluate(network, data, recipe, device).accuracy
+    plan = clipq.Plan.load(folder / "plan.json")
+    report = clipq.save(read_state(folder / WEIGHTS), folder / "model.clipq", plan=plan)
+    clipq.load(folder / "model.clipq", into=network)
     return {
         "float_accuracy": float_accuracy,
-        "accuracy": evaluate(network, data, recipe, fabric.device).accuracy,
-        "bytes": size,
-        "float32_bytes": sum(4 * tensor.numel() for tensor in network.state_dict().values()),
+        "accuracy": evaluate(network, data, recipe, device).accuracy,
+        "bytes": (folder / "model.clipq").stat().st_size,
+        "float32_bytes": report.float32_bytes,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nets", nargs="*", default=list(RECIPES), choices=list(RECIPES), metavar="NET")
+    parser.add_argument("nets", nargs="*", default=list(RECIPES), metavar="NET", help=", ".join(RECIPES))
     parser.add_argument("--data-root", required=True, help="the folder with the data sets and weights")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+    results["made with"] = {"torch": torch.__version__, "cores": torch.get_num_threads(), "processor": _processor()}
     for net in arguments.nets:
         for seed in range(arguments.seeds):
             for method, run in (("in-parallel", in_parallel), ("two-stage", two_stage)):
                 key = f"{net} {method} {seed}"
-                if key in results["runs"]:
-                    continue
-                started = time.monotonic()
-                with tempfile.TemporaryDirectory() as folder:
-                    outcome = run(RECIPES[net][0], arguments.data_root, seed, Path(folder) / "out")
-                outcome["minutes"] = round((time.monotonic() - started) / 60, 1)
-                results["runs"][key] = outcome
-                results["made with"] = {"torch": torch.__version__, "cores": torch.get_num_threads()}
-                results["made with"]["processor"] = _processor()
+                folder = ROOT / "runs" / "recipes" / key.replace(" ", "-")
+                if not (folder / WEIGHTS).exists():
+                    run(RECIPES[net][0], arguments.data_root, seed, folder)
+                results["runs"][key] = measure(RECIPES[net][0], arguments.data_root, folder)
                 RESULTS.parent.mkdir(exist_ok=True)
                 RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-                print(key, outcome, flush=True)
+                print(key, results["runs"][key], flush=True)
     PAGE.write_text(page(results))
 
 
@@ -174,6 +178,10 @@ def page(results: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _data(recipe: Recipe) -> Data:
+    return load_data(recipe.data, recipe.data_root, recipe.seed, validation_fraction=recipe.validation_fraction)
 
 
 def _processor() -> str:
