@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/clipq demo
 
 test: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov=clipq --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --cov=src/clipq --cov-report=term:skip-covered
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -5,17 +5,20 @@
 Runs each recipe as it is (``clipq compress``) with several seeds, and beside it two-stage compression with the same
 plan, the same total epochs and the same learning-rate schedule in each stage: prune once and fine-tune what is left,
 then quantize what is left and fine-tune. Runs are kept in ``runs/recipes`` and not repeated; their files are written
-and measured anew each time. Writes ``benchmarks/results/recipes.json`` and the page ``docs/results.md``.
+and measured anew each time. Writes ``benchmarks/results/recipes.json``, the page ``docs/results.md`` and the table of
+the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,8 @@ RECIPES = {
 """Recipe, the most points of error that it may add, the least ratio that it must reach."""
 RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+MARK = "<!-- results -->"
 WEIGHTS = "weights.safetensors"
 METHODS = {"in-parallel": "in parallel (CLIP-Q)", "two-stage": "two stages"}
 
@@ -125,32 +130,61 @@ def main() -> None:
                 RESULTS.write_text(json.dumps(results, indent=2) + "\n")
                 print(key, results["runs"][key], flush=True)
     PAGE.write_text(page(results))
+    before, _, rest = README.read_text().partition(MARK)
+    README.write_text(f"{before}{MARK}\n\n{readme_table(results)}\n\n{MARK}{rest.partition(MARK)[2]}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network and method: medians over the seeds."""
+
+    net: str
+    method: str
+    float32_bytes: int
+    bytes: float
+    ratio: float
+    float_error: float
+    error: float
+    errors: tuple[float, ...]
+
+
+def rows_of(results: dict[str, Any]) -> list[Row]:
+    """A row for every network and method that was run."""
+    rows = []
+    for net, method in itertools.product(RECIPES, METHODS):
+        runs = [v for k, v in results["runs"].items() if k.startswith(f"{net} {method} ")]
+        if runs:
+            errors = tuple(sorted(100 - r["accuracy"] for r in runs))
+            rows.append(
+                Row(
+                    net,
+                    method,
+                    runs[0]["float32_bytes"],
+                    statistics.median(r["bytes"] for r in runs),
+                    statistics.median(r["float32_bytes"] / r["bytes"] for r in runs),
+                    100 - runs[0]["float_accuracy"],
+                    statistics.median(errors),
+                    errors,
+                )
+            )
+    return rows
 
 
 def page(results: dict[str, Any]) -> str:
     """The results page, from what is in the results file."""
-    rows = []
+    table = []
     verdicts = []
-    for net, (path, margin, least) in RECIPES.items():
-        for method, title in METHODS.items():
-            runs = [v for k, v in results["runs"].items() if k.startswith(f"{net} {method} ")]
-            if not runs:
-                continue
-            accuracies = [r["accuracy"] for r in runs]
-            accuracy = statistics.median(accuracies)
-            ratio = statistics.median(r["float32_bytes"] / r["bytes"] for r in runs)
-            size = statistics.median(r["bytes"] for r in runs)
-            reference = runs[0]["float_accuracy"]
-            cells = [net, title, f"{runs[0]['float32_bytes']:,}", f"{size:,.0f}", f"{ratio:.1f}×"]
-            cells += [f"{100 - reference:.2f}", f"{100 - accuracy:.2f}"]
-            cells += [f"{100 - max(accuracies):.2f} to {100 - min(accuracies):.2f}", str(len(runs))]
-            rows.append("| " + " | ".join(cells) + " |")
-            if method == "in-parallel":
-                verdicts.append(
-                    f"- **{net}**: {ratio:.1f}× at {reference - accuracy:+.2f} points of error over the float network "
-                    f"(asked: at least {least}× at no more than +{margin}). "
-                    f"`clipq compress {path} --data-root DIR --seed 0`"
-                )
+    for row in rows_of(results):
+        cells = [row.net, METHODS[row.method], f"{row.float32_bytes:,}", f"{row.bytes:,.0f}", f"{row.ratio:.1f}×"]
+        cells += [f"{row.float_error:.2f}", f"{row.error:.2f}", f"{row.errors[0]:.2f} to {row.errors[-1]:.2f}"]
+        table.append("| " + " | ".join([*cells, str(len(row.errors))]) + " |")
+        if row.method == "in-parallel":
+            path, margin, least = RECIPES[row.net]
+            verdicts.append(
+                f"- **{row.net}**: {row.ratio:.1f}× at {row.error - row.float_error:+.2f} points of error over the "
+                f"float network (asked: at least {least}× at no more than +{margin}): "
+                f"`clipq compress {path} --data-root DIR --seed 0`"
+            )
     made = results["made with"]
     return "\n".join(
         [
@@ -165,7 +199,7 @@ def page(results: dict[str, Any]) -> str:
             "",
             "| network | method | float32 bytes | file bytes | ratio | float error | error | range | seeds |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            *rows,
+            *table,
             "",
             *verdicts,
             "",
@@ -178,6 +212,22 @@ def page(results: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def readme_table(results: dict[str, Any]) -> str:
+    """The short table of the README."""
+    lines = [
+        "| network | data | as float32 | `.clipq` file | smaller | float error | error |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows_of(results):
+        if row.method == "in-parallel":
+            data = Recipe.load(ROOT / RECIPES[row.net][0]).data
+            lines.append(
+                f"| {row.net} | {data} | {row.float32_bytes:,} B | {row.bytes:,.0f} B | {row.ratio:.0f}× | "
+                f"{row.float_error:.2f} % | {row.error:.2f} % |"
+            )
+    return "\n".join(lines)
 
 
 def _data(recipe: Recipe) -> Data:
