@@ -24,6 +24,7 @@ VERSION = 1
 PRELUDE = struct.Struct("<8sBII")  # magic, version, bytes of header, CRC-32 of these 13 bytes and the header
 MAX_HEADER = 16 * 2**20
 MAX_DIMENSIONS = 64
+MAX_ENTRIES = 2**16  # tensors, and metadata entries: what a small header can make a reader do is bounded
 MAX_GROUP_BYTES = 2**18
 
 Kind = Literal["codes", "raw", "group", "tied"]
@@ -95,6 +96,11 @@ class Header:
 
 def encode_header(tensors: Sequence[TensorHeader], payloads: Sequence[bytes], metadata: Mapping[str, str]) -> bytes:
     """The prelude and header of a file with these tensors and block payloads, groups' blocks first."""
+    if max(len(tensors), len(metadata)) > MAX_ENTRIES:
+        raise ArchiveError(
+            f"{len(tensors)} tensors and {len(metadata)} metadata entries: a file holds at most {MAX_ENTRIES} of each; "
+            f"split the model into several files"
+        )
     sink = Sink()
     sink.varint(len(metadata))
     for key, value in metadata.items():
@@ -185,7 +191,7 @@ def decode_header(prelude: bytes, body: bytes, file_size: int) -> Header:
     cursor = Cursor(_inflate(packed, plain_size) if packed_size else packed, "the header")
 
     metadata: dict[str, str] = {}
-    for _ in range(cursor.varint(cursor.left)):
+    for _ in range(cursor.varint(MAX_ENTRIES)):
         key = cursor.text(cursor.varint(cursor.left))
         metadata[key] = cursor.text(cursor.varint(cursor.left))
     n_blocks = cursor.varint(cursor.left)
@@ -202,12 +208,15 @@ def decode_header(prelude: bytes, body: bytes, file_size: int) -> Header:
 
     tensors: list[TensorHeader] = []
     names: set[str] = set()
-    next_block = n_groups
-    for _ in range(cursor.varint(cursor.left)):
+    next_block, name_lengths = n_groups, 0
+    for _ in range(cursor.varint(MAX_ENTRIES)):
         tensor = _decode_tensor(cursor, tensors, n_groups, next_block, n_blocks)
         if tensor.name in names:
             raise cursor.damaged(f"two tensors are named {tensor.name!r}")
         names.add(tensor.name)
+        name_lengths += len(tensor.name)
+        if name_lengths > MAX_HEADER:
+            raise cursor.damaged(f"the tensors' names are longer than {MAX_HEADER} bytes together")
         tensors.append(tensor)
         next_block = max(next_block, tensor.blocks.stop)
     cursor.end()
@@ -280,7 +289,7 @@ def check_layout(tensors: Sequence[TensorHeader]) -> dict[int, list[TensorHeader
 
 def _block_count(tensor: TensorHeader, itemsize: int) -> int:
     if tensor.kind == "codes":
-        fits = itemsize <= 8 and (can_swap(tensor.shape) or not tensor.swapped)
+        fits = itemsize <= 8 and tensor.elements and (can_swap(tensor.shape) or not tensor.swapped)
         return tile_count(tensor.shape, tensor.swapped) if fits else -1
     return -(-tensor.nbytes // block_step(itemsize))
 

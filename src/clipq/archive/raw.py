@@ -55,7 +55,11 @@ def decode_raw(payload: memoryview, out: U8, itemsize: int, what: str) -> None:
         stored: memoryview | bytes = cursor.raw(size or elements)
         if size:
             try:
-                stored = zstandard.ZstdDecompressor().decompress(stored, max_output_size=elements)
+                # A size given in the frame is what the library would allocate, whatever it is told.
+                if not elements or zstandard.frame_content_size(stored) != -1:
+                    raise cursor.damaged("a packed plane is empty, or gives its own size")
+                unpacker = zstandard.ZstdDecompressor()
+                stored = unpacker.decompress(stored, max_output_size=elements, allow_extra_data=False)
             except zstandard.ZstdError as error:
                 raise cursor.damaged("a plane of bytes cannot be unpacked") from error
             if len(stored) != elements:
