@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from clipq.archive import model
 from clipq.archive.codes import Codebook
 from clipq.archive.tables import RECIPROCAL
 from clipq.archive.wire import Cursor, Sink
@@ -160,6 +159,8 @@ def encode_tile(codebook: Codebook, codes: U8, shape: tuple[int, ...], scan: Sca
 
 
 def _encode(codebook: Codebook, codes: U8, row: int, scan: Scan) -> bytes:
+    from clipq.archive import model  # imports Numba, which takes a while
+
     settings = (scan.lag1, scan.lag2, codebook.pivot, len(codebook.bits), scan.mean, scan.rate, scan.limit)
     size = codes.size // 4 + 7 * row + 64
     while True:
@@ -179,6 +180,8 @@ def decode_tile(
         Cursor(data, what).end()
         out[tile] = codebook.bits[0]
         return
+    from clipq.archive import model  # imports Numba, which takes a while
+
     row = row_length(shape, scan.swapped)
     words = np.zeros(len(data) // 2 + 4, np.int32)
     words[: -(-len(data) // 2)] = np.frombuffer(bytes(data) + b"\0" * (len(data) % 2), ">u2")

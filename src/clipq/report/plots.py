@@ -32,7 +32,7 @@ def plot_run(report: RunReport, path: Path) -> None:
     accuracy.grid(alpha=0.3)
 
     tensors = [t for t in report.file.tensors if t.tied_to is None]
-    names = [t.name for t in tensors] + ["names, shapes, checksums"]
+    names = [t.name for t in tensors] + ["the header"]
     sizes = [t.bytes for t in tensors] + [report.file.overhead_bytes]
     colours = [_KEPT if t.pruning_rate is not None else _PRUNED for t in tensors] + [_PRUNED]
     rows = range(len(names))

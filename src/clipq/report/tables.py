@@ -16,7 +16,7 @@ def tensor_rows(file: FileReport) -> list[tuple[str, ...]]:
     """One row for each tensor of a file, and one for what is no tensor's."""
     rows = [_tensor_row(t, file) for t in file.tensors]
     overhead = file.overhead_bytes
-    return [*rows, ("(names, shapes, …)", "", "", "", "", "", f"{overhead:,}", "", _share(overhead, file))]
+    return [*rows, ("(the header)", "", "", "", "", "", f"{overhead:,}", "", _share(overhead, file))]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
