@@ -84,7 +84,7 @@ def two_stage(path: str, data_root: str, seed: int, folder: Path) -> None:
             epochs=epochs,
             learning_rate=recipe.learning_rate,
             watcher=Silent(),
-            end_of_epoch=lambda state: None,
+            end_of_epoch=lambda state, plan: None,
         )
     folder.mkdir(parents=True, exist_ok=True)
     plan.save(folder / "plan.json")

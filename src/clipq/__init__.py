@@ -7,7 +7,20 @@ wrapping the model, and a compressed file that gives back every bit.
 from clipq.attach import Attachment, attach
 from clipq.errors import ClipqError
 from clipq.files import load, save
+from clipq.hold import SizeHolder
 from clipq.operator import clip_quantize
 from clipq.plan import Plan
+from clipq.search import Target, search
 
-__all__ = ["Attachment", "ClipqError", "Plan", "attach", "clip_quantize", "load", "save"]
+__all__ = [
+    "Attachment",
+    "ClipqError",
+    "Plan",
+    "SizeHolder",
+    "Target",
+    "attach",
+    "clip_quantize",
+    "load",
+    "save",
+    "search",
+]

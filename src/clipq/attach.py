@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from clipq.errors import AttachError
+from clipq.errors import AttachError, PlanError
 from clipq.operator import Quantizer, QuantizerEntry, clip_quantize
 from clipq.plan import Plan, TensorPlan
 
@@ -93,6 +93,30 @@ class Attachment:
             entry.name: entry.full for state in self._optimizers for entry in state.entries if entry.full is not None
         }
 
+    def replan(self, plan: Plan) -> None:
+        """Go on under other pruning rates and bit widths: the parameters are quantized anew, at once.
+
+        Args:
+            plan: of the same tensors.
+
+        Raises:
+            PlanError: it names other tensors, or tensors of other shapes.
+        """
+        here, there = self.plan.tensors, plan.tensors
+        different = [name for name in {**here, **there} if _shape(here.get(name)) != _shape(there.get(name))]
+        if different:
+            raise PlanError(
+                f"a plan for an attachment has the tensors that were attached; this one differs in "
+                f"{', '.join(different[:5])}{' and others' if len(different) > 5 else ''}: detach and attach again"
+            )
+        for state in self._optimizers:
+            state.replan(plan)
+        for entry in self._frozen:
+            entry.restore()
+            entry.tensor = plan.tensors[entry.name]
+            entry.quantize_once()
+        self.plan = plan
+
     def detach(self) -> None:
         """Give the plain optimizers back; the model keeps its quantized weights, the full-precision ones are dropped.
 
@@ -149,7 +173,7 @@ class _AttachedOptimizer:
     def __init__(self, optimizer: Optimizer, entries: list[_Entry]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.entries = entries
-        self._quantizer = Quantizer([QuantizerEntry(e.name, e.tensor.pruning_rate, e.tensor.bits) for e in entries])
+        self._quantizer = self._new_quantizer()
         for entry in entries:
             entry.full = entry.parameter.detach().clone()
         self._handles: list[RemovableHandle] = []
@@ -178,6 +202,17 @@ class _AttachedOptimizer:
             self._show_full_precision()
         for entry in self.entries:
             entry.full = None
+
+    def replan(self, plan: Plan) -> None:
+        with torch.no_grad():
+            for entry in self.entries:
+                entry.follow_the_user()
+                entry.tensor = plan.tensors[entry.name]
+        self._quantizer = self._new_quantizer()
+        self._quantize()
+
+    def _new_quantizer(self) -> Quantizer:
+        return Quantizer([QuantizerEntry(e.name, e.tensor.pruning_rate, e.tensor.bits) for e in self.entries])
 
     @torch.no_grad()
     def _quantize(self) -> None:
@@ -336,6 +371,10 @@ _guard = _Guard()
 def _full(entry: _Entry) -> Tensor:
     assert entry.full is not None
     return entry.full
+
+
+def _shape(tensor: TensorPlan | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def _plain(tensor: dict[str, Any] | None) -> dict[str, Any] | None:

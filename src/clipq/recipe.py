@@ -50,14 +50,44 @@ class Recipe(BaseModel):
     )
     workers: int = Field(0, ge=0, description="Processes that make the samples of your own data sets.")
 
-    plan: str | None = Field(None, description="A plan file. Without one, every eligible tensor gets the next two.")
-    pruning_rate: float = Field(0.9, ge=0, lt=1, description="p, the share of each tensor's weights that become zero.")
-    bits: int = Field(3, ge=1, le=8, description="b, the bit width: at most 2^b - 1 non-zero values a tensor.")
+    plan: str | None = Field(
+        None,
+        description="A plan file. Without one, and without a target, p and b are the same everywhere; "
+        "without any of them, a plan is searched that loses at most half a point.",
+    )
+    pruning_rate: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="p, the share of each tensor's weights that become zero; else 0.9.",
+    )
+    bits: int | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="b, the bit width: at most 2^b - 1 non-zero values a tensor; else 3.",
+    )
     include: tuple[str, ...] = Field((), description="Globs of parameters to compress as well, such as '*.bias'.")
     exclude: tuple[str, ...] = Field((), description="Globs of parameters to leave as they are.")
     overrides: dict[str, Override] = Field(
         {}, description="Other values by glob; as an option: 'conv1.*:pruning_rate=0.3,bits=4'."
     )
+
+    ratio: float | None = Field(
+        None, gt=1, description="Search a plan for a file so many times smaller than float32; replaces p, b, overrides."
+    )
+    bytes: str | int | None = Field(None, description="Search a plan for a file of at most so many bytes, such as 1MB.")
+    max_drop: float | None = Field(
+        None, gt=0, description="Search the smallest plan that loses at most so many points of validation accuracy."
+    )
+    trade_off: float | None = Field(
+        None, gt=0, description="Search with λ of the paper: the cost that taking all bytes away would be worth."
+    )
+    search_method: Literal["default", "layerwise"] = Field("default", description="layerwise is the paper's search.")
+    search_evaluations: int | None = Field(None, ge=1, description="Of each tensor alone; else 10, or 30 layerwise.")
+    search_samples: int = Field(2000, ge=2, description="Training samples that the search evaluates on.")
+    search_steps: int = Field(60, ge=0, description="Steps of fine-tuning that the search gives a candidate plan.")
+    search_memory: str | int = Field("1GB", description="The most memory for activations kept by the search.")
 
     epochs: int = Field(10, ge=1, description="Epochs of pruning and quantizing in parallel with fine-tuning.")
     batch_size: int = Field(128, ge=1, description="Samples a step.")
@@ -100,7 +130,19 @@ class Recipe(BaseModel):
                 f"{source} has neither weights nor float_epochs: there is no trained network to compress. Give a file "
                 f"of weights, or the number of epochs to train first"
             )
+        targets = recipe.targets()
+        if len(targets) > 1 or (targets and recipe.plan is not None):
+            given = [*targets, *(["plan"] if recipe.plan is not None else [])]
+            raise RecipeError(
+                f"{source} gives {' and '.join(given)}: a plan is given, or searched for one target. Give one of them "
+                f"(an option's value none takes a field out)"
+            )
         return recipe
+
+    def targets(self) -> dict[str, float | int | str]:
+        """What a search is to reach, as far as it is given."""
+        values = {name: getattr(self, name) for name in ("ratio", "bytes", "max_drop", "trade_off")}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def load(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:

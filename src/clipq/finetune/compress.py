@@ -21,21 +21,28 @@ from clipq.finetune.loop import fit
 from clipq.finetune.network import find_weights, load_weights, make_network
 from clipq.finetune.run import RunFolder
 from clipq.finetune.score import Score, score
+from clipq.finetune.search import search_recipe, target_of
 from clipq.finetune.watch import EpochRecord, Watcher
 from clipq.plan import Plan
 from clipq.recipe import Recipe
 from clipq.report.run import RunReport, to_markdown
+from clipq.search.settings import Silent as SilentSearch
+from clipq.search.settings import Watcher as SearchWatcher
 
+DEFAULT_PRUNING_RATE, DEFAULT_BITS = 0.9, 3  # where the other one is given
 _PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def compress(recipe: Recipe, out: Path, watcher: Watcher, *, force: bool = False) -> RunReport:
+def compress(
+    recipe: Recipe, out: Path, watcher: Watcher, searching: SearchWatcher | None = None, *, force: bool = False
+) -> RunReport:
     """Compress the recipe's network and leave everything in a run folder; see `RunFolder`.
 
     The accuracy reported is that on the test set, or on the validation set where the data has no test set. It is
     measured before, after, and once more by a fresh process that loads the file.
 
     Args:
+        searching: is told of the progress of the search, if there is one.
         force: replace an earlier run in the folder.
 
     Raises:
@@ -55,9 +62,11 @@ def compress(recipe: Recipe, out: Path, watcher: Watcher, *, force: bool = False
     )
     network = network.to(fabric.device)
     data = data.for_outputs(number_of_outputs(network, data, recipe, fabric.device))
-    plan = make_plan(network, recipe)
+    target = target_of(recipe)
+    plan = None if target is not None else make_plan(network, recipe)
     run = RunFolder.create(out, recipe, force=force)
-    run.save_plan(plan)
+    if plan is not None:
+        run.save_plan(plan)
     recorder = _Recorder(run, watcher)
     part = "validation" if data.test is None else "test"
 
@@ -66,7 +75,15 @@ def compress(recipe: Recipe, out: Path, watcher: Watcher, *, force: bool = False
     before = evaluate(network, data, recipe, fabric.device)
     watcher.note(f"before: {before.accuracy:.2f} % ({part})")
 
-    _fit(fabric, network, data, recipe, plan, run, recorder)
+    hold_bytes = None
+    if target is not None:
+        found = search_recipe(fabric, network, data, recipe, target, str(run.study), searching or SilentSearch())
+        run.save_search(found)
+        plan, hold_bytes = found.plan, target.file_bytes(found.float32_bytes) or found.bytes
+        run.save_plan(plan)
+    plan = _fit(fabric, network, data, recipe, plan, run, recorder, hold_bytes)
+    assert plan is not None
+    run.save_plan(plan)
     after = evaluate(network, data, recipe, fabric.device)
     saved = save(network, run.model, plan=plan)
     reloaded = _evaluate_in_a_fresh_process(run, recipe)
@@ -114,8 +131,8 @@ def make_plan(network: nn.Module, recipe: Recipe) -> Plan:
     else:
         plan = Plan.uniform(
             network,
-            pruning_rate=recipe.pruning_rate,
-            bits=recipe.bits,
+            pruning_rate=DEFAULT_PRUNING_RATE if recipe.pruning_rate is None else recipe.pruning_rate,
+            bits=DEFAULT_BITS if recipe.bits is None else recipe.bits,
             include=recipe.include,
             exclude=recipe.exclude,
         )
@@ -157,13 +174,14 @@ def _fit(
     plan: Plan | None,
     run: RunFolder,
     recorder: _Recorder,
-) -> None:
-    def end_of_epoch(state: dict[str, Any]) -> int | None:
+    hold_bytes: int | None = None,
+) -> Plan | None:
+    def end_of_epoch(state: dict[str, Any], in_force: Plan | None) -> int | None:
         run.save_checkpoint({"recipe": recipe.model_dump(mode="json"), **state})
-        return None if plan is None else save(network, run.model, plan=plan).bytes
+        return None if in_force is None else save(network, run.model, plan=in_force).bytes
 
     try:
-        fit(
+        return fit(
             fabric,
             network,
             data,
@@ -173,6 +191,7 @@ def _fit(
             learning_rate=(plan is None and recipe.float_learning_rate) or recipe.learning_rate,
             watcher=recorder,
             end_of_epoch=end_of_epoch,
+            hold_bytes=hold_bytes,
         )
     except TrainingError as error:
         kept = (

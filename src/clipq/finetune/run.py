@@ -15,6 +15,7 @@ from clipq.errors import RecipeError
 from clipq.finetune.watch import EpochRecord
 from clipq.plan import Plan
 from clipq.recipe import Recipe
+from clipq.search import SearchRecord
 
 
 class RunFolder:
@@ -22,6 +23,8 @@ class RunFolder:
 
     recipe.yaml     the recipe as resolved
     plan.json       what is compressed, and how
+    search.journal  the evaluations of the search for the plan, if there was one
+    search.json, search.html    what the search found
     metrics.jsonl   one line an epoch
     checkpoint.pt   the state of the training after the last whole epoch
     model.clipq     the compressed network
@@ -32,6 +35,9 @@ class RunFolder:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.plan = path / "plan.json"
+        self.study = path / "search.journal"
+        self.search = path / "search.json"
+        self.search_page = path / "search.html"
         self.metrics = path / "metrics.jsonl"
         self.checkpoint = path / "checkpoint.pt"
         self.model = path / "model.clipq"
@@ -49,7 +55,8 @@ class RunFolder:
             RecipeError: the folder holds a run already, or cannot be written to.
         """
         run = cls(path)
-        files = (run.recipe, run.plan, run.metrics, run.checkpoint, run.model, run.report, run.report_page)
+        searched = (run.study, run.search, run.search_page)
+        files = (run.recipe, run.plan, *searched, run.metrics, run.checkpoint, run.model, run.report, run.report_page)
         present = [file for file in files if file.exists()]
         if present and not force:
             raise RecipeError(
@@ -69,6 +76,9 @@ class RunFolder:
 
     def save_plan(self, plan: Plan) -> None:
         write_file(self.plan, plan.to_json().encode())
+
+    def save_search(self, found: SearchRecord) -> None:
+        write_file(self.search, found.to_json().encode())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()

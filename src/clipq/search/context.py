@@ -1,0 +1,211 @@
+"""What every method of search works with: the groups, their sizes, the evaluator, the studies, and the record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+
+from clipq.errors import SearchError
+from clipq.hold import SHORTFALL, file_bytes
+from clipq.search.allocate import fitted, largest, smallest
+from clipq.search.evaluator import Evaluate, Evaluator, Recover
+from clipq.search.groups import Group, Theta, plan_of, quantize_group
+from clipq.search.record import Evaluation, GroupRecord
+from clipq.search.settings import Settings, Watcher
+from clipq.search.sizes import SizeModel
+from clipq.search.study import Worker
+
+_FIT_TRIES = 8
+
+
+@dataclass
+class Context:
+    """One search under way."""
+
+    evaluator: Evaluator
+    validate: Evaluate | None
+    recover: Recover | None
+    groups: tuple[Group, ...]
+    sizes: list[SizeModel]
+    worker: Worker
+    settings: Settings
+    watcher: Watcher
+    evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    base_cost: float = 0.0
+
+    @property
+    def float32_bytes(self) -> int:
+        """Of the whole model, tied tensors once."""
+        own = {t.untyped_storage().data_ptr(): t.numel() for t in self.evaluator.tensors().values() if t.numel()}
+        return 4 * sum(own.values())
+
+    @property
+    def nothing(self) -> list[Theta | None]:
+        """Every group in full precision."""
+        return [None] * len(self.groups)
+
+    def run_stage(
+        self,
+        stage: str,
+        slots: Sequence[Mapping[str, Any]],
+        evaluate: Any,
+        sampler: Any = None,
+    ) -> list[FrozenTrial]:
+        """Have a stage's slots evaluated by all workers together; see `Worker.run`."""
+        self.watcher.stage(stage, len(slots))
+        with self.timed(stage):
+            return self.worker.run(stage, slots, evaluate, sampler=sampler, progress=self._progress)
+
+    def one(self, stage: str, evaluate: Any) -> FrozenTrial:
+        """A stage of a single evaluation."""
+        return self.run_stage(stage, [{}], evaluate)[0]
+
+    def measure_base(self) -> None:
+        """The cost of the full-precision model.
+
+        Raises:
+            SearchError: it is not finite.
+        """
+        trial = self.one("base", lambda trial: self.evaluator.at(self.groups, self.nothing))
+        self.base_cost = value_of(trial)
+        if not abs(self.base_cost) < float("inf"):
+            raise SearchError(f"evaluate gives {self.base_cost} for the model as it is; it must be finite there")
+        self.evaluations.append(Evaluation("base", self.base_cost))
+
+    def file_bytes(self, thetas: Sequence[Theta]) -> int:
+        """The bytes of the file of the model, its full-precision weights quantized at these θ: a real encode."""
+        model = self.evaluator.model
+        try:
+            with torch.no_grad():
+                for group, theta in zip(self.groups, thetas, strict=True):
+                    quantize_group(group, theta, self.evaluator.weights, self.evaluator.tensors())
+            return file_bytes(model, plan_of(self.groups, thetas))
+        finally:
+            self.evaluator.restore()
+
+    def predicted_bytes(self, thetas: Sequence[Theta]) -> float:
+        """What the groups take, by the size model; the file has the rest of the model besides."""
+        return sum(size.bytes(theta) for size, theta in zip(self.sizes, thetas, strict=True))
+
+    def rest(self, thetas: Sequence[Theta]) -> float:
+        """The file's bytes beyond the size model's, found by one real encode."""
+        return self.file_bytes(thetas) - self.predicted_bytes(thetas)
+
+    def fit(self, thetas: Sequence[Theta], target: int) -> tuple[tuple[Theta, ...], int]:
+        """The plan with its survivors scaled such that its real file meets the target, and the file's bytes.
+
+        They are at most the target, and at most `SHORTFALL` below, unless no plan of these bit widths is so large.
+        """
+        best: tuple[tuple[Theta, ...], int] | None = None
+        rest = self.rest(thetas)
+        for _ in range(_FIT_TRIES):
+            candidate = fitted(self.sizes, thetas, (1 - SHORTFALL / 4) * target - rest)
+            found = self.file_bytes(candidate)
+            if found <= target and (best is None or found > best[1]):
+                best = candidate, found
+            if (1 - SHORTFALL / 2) * target <= found <= target:
+                break
+            rest = found - self.predicted_bytes(candidate)
+        return best if best is not None else (candidate, found)
+
+    def check_reachable(self, target: int) -> None:
+        """Raise `SearchError` at once if no plan can be as small as the target; note it if none is as large."""
+        least = smallest(self.sizes)
+        low = self.file_bytes(least)
+        if low > target:
+            bare = low - self.predicted_bytes(least)
+            raise SearchError(
+                f"the target of {target:,} bytes cannot be met: the smallest file the search can reach has {low:,} "
+                f"bytes ({self.float32_bytes / low:.1f} times smaller than float32), {bare:,.0f} of them for what is "
+                f"not compressed and the header. Ask for at least that, or compress more tensors, such as biases with "
+                f"include=['*.bias']"
+            )
+        high = self.file_bytes(largest(self.sizes))
+        if high < target:
+            self.note(
+                f"the target allows {target:,} bytes, but at p = 0 and {self.settings.bits[1]} bits the file has only "
+                f"{high:,}: that is the nearest"
+            )
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.watcher.note(text)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            kind = stage.partition(" ")[0]
+            self.seconds[kind] = round(self.seconds.get(kind, 0.0) + time.monotonic() - started, 3)
+
+    def _progress(self, trials: Sequence[FrozenTrial]) -> None:
+        if trials:
+            self.watcher.evaluated(len(trials), min(value_of(trial) for trial in trials))
+
+
+def fingerprint(
+    evaluator: Evaluator, groups: Sequence[Group], target: Mapping[str, Any], settings: Settings
+) -> dict[str, str]:
+    """What the evaluations of a search depend on, in a few words each; processes that share a study must agree."""
+    weights = hashlib.sha256()
+    for name, tensor in evaluator.weights.items():
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        weights.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return {
+        "model": weights.hexdigest()[:16],
+        "tensors": hashlib.sha256(json.dumps([g.tensors for g in groups]).encode()).hexdigest()[:16],
+        "target": json.dumps(dict(target)),
+        "settings": f"{settings.method}, evaluations {settings.evaluations}, refinements {settings.refinements}, "
+        f"p up to {settings.highest_pruning_rate}, bits {settings.bits}, seed {settings.seed}",
+    }
+
+
+def group_records(
+    context: Context, thetas: Sequence[Theta], file_size: int, costs: Sequence[float] | None = None
+) -> tuple[GroupRecord, ...]:
+    """The groups as they are in a plan; with ``costs``, what each adds alone, the ones out of proportion are named."""
+    records = []
+    total = max(sum(costs), 1e-12) if costs else 1.0
+    for i, (group, theta) in enumerate(zip(context.groups, thetas, strict=True)):
+        size = context.sizes[i].bytes(theta)
+        share, cost = size / file_size, None if costs is None else costs[i]
+        cost_share = None if cost is None else cost / total
+        remark = None
+        if cost_share is not None and share > 0.02 and cost_share < share / 5:
+            remark = "costs bytes without saving error: could go lower at little loss"
+        elif cost_share is not None and cost_share > 0.1 and cost_share > 5 * share:
+            remark = "saves bytes at a high price in error: more bytes here would pay"
+        records.append(
+            GroupRecord(group.name, group.size, theta.pruning_rate, theta.bits, size, share, cost, cost_share, remark)
+        )
+    return tuple(records)
+
+
+def value_of(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value
+
+
+def gp_sampler(seed: int, startup: int) -> Any:
+    """Optuna's Gaussian process with expected improvement, for `Worker.run`."""
+
+    def make(offset: int) -> optuna.samplers.BaseSampler:
+        return optuna.samplers.GPSampler(
+            seed=seed + 7919 * offset, n_startup_trials=startup, deterministic_objective=True
+        )
+
+    return make

@@ -1,0 +1,177 @@
+"""Keep the activations before a changed layer, so that evaluations which differ in that layer do not repeat them.
+
+While the cache is active, a module that was through before the layer was first reached gives back what it gave the
+first time. A module that contains the layer is run, and so is everything after the layer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class _Output:
+    tensor: Tensor
+    version: int  # of the module's own output when it was given
+    original: Tensor | None  # None where torch does not count versions
+    written: bool = False  # what follows writes into it: every use needs a copy
+
+
+@dataclass
+class _Run:
+    """One run of the model: what the modules gave that ended before the layer, call by call."""
+
+    first: nn.Module
+    first_input: Tensor
+    outputs: dict[nn.Module, list[_Output]] = field(default_factory=dict)
+
+
+class PrefixCache:
+    """The activations before the modules that hold some parameters.
+
+    The first evaluation under `active` records; the later ones use what was recorded. A run whose first module is
+    given another input than in the record is computed.
+
+    Args:
+        model: the ``forward`` of its modules is replaced while the cache is active, on these instances only.
+        parameters: names of the parameters that change.
+        memory: the most bytes of activations to keep; what is beyond is computed again.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[str], memory: int) -> None:
+        self._model = model
+        self._memory = memory
+        ids = {id(model.get_parameter(name)) for name in parameters}
+        self._changed = {m for m in model.modules() if any(id(p) in ids for p in m.parameters(recurse=False))}
+        self._runs: list[_Run] | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Record, or use what was recorded, in the model's runs within."""
+        if any(isinstance(m, torch.jit.ScriptModule) for m in self._model.modules()):
+            yield  # a script's forward cannot be replaced
+        elif self._runs is None:
+            with _Recorder(self._model, self._changed, self._memory) as recorder:
+                yield
+            self._runs = recorder.runs
+        else:
+            with self._replaying(self._runs):
+                yield
+
+    @contextmanager
+    def _replaying(self, runs: list[_Run]) -> Iterator[None]:
+        number = -1
+        calls: dict[nn.Module, int] = defaultdict(int)
+        same = True
+
+        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal number, same
+            number, same = number + 1, True
+            calls.clear()
+
+        def replayed(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal same
+                if not 0 <= number < len(runs):
+                    return forward(*args, **kwargs)
+                record, n = runs[number], calls[module]
+                calls[module] += 1
+                if module is record.first and n == 0:
+                    same = bool(args) and isinstance(args[0], Tensor) and _same(args[0], record.first_input)
+                outputs = record.outputs.get(module, [])
+                if not same or n >= len(outputs):
+                    return forward(*args, **kwargs)
+                return outputs[n].tensor.clone() if outputs[n].written else outputs[n].tensor
+
+            return run
+
+        recorded = {module for record in runs for module in record.outputs}
+        handle = self._model.register_forward_pre_hook(begin)
+        for module in recorded:
+            module.forward = replayed(module, module.forward)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for module in recorded:
+                del module.forward
+
+
+class _Recorder:
+    """Records, in each run of the model, the outputs of the modules that end before a changed one begins."""
+
+    def __init__(self, model: nn.Module, changed: set[nn.Module], memory: int) -> None:
+        self._model, self._changed, self._left = model, changed, memory
+        self._handles: list[Any] = []
+        self._stack: list[tuple[nn.Module, Tensor | None, int]] = []
+        self._entered = 0
+        self._reached = False
+        self._ended: list[tuple[nn.Module, int, Tensor | None, _Output]] = []
+        self.runs: list[_Run] = []
+
+    def __enter__(self) -> _Recorder:
+        for module in self._model.modules():
+            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_hook(self._leave))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *of: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if kind is not None:
+            self.runs = []
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self._model:
+            self._stack, self._ended, self._entered, self._reached = [], [], 0, False
+        elif not self._stack:
+            return  # a part of the model, run alone
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        self._stack.append((module, given, self._entered))
+        self._entered += 1
+        self._reached = self._reached or module in self._changed
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._stack:
+            return
+        _, given, began = self._stack.pop()
+        if module is self._model:
+            self._end_of_run()
+        elif not self._reached:
+            # The whole stands for its parts. What is no tensor cannot be kept, nor what it stands for.
+            self._ended = [entry for entry in self._ended if entry[1] < began]
+            if isinstance(output, Tensor):
+                seen = None if output.is_inference() else output
+                version = 0 if seen is None else seen._version
+                self._ended.append((module, began, given, _Output(output.detach().clone(), version, seen)))
+
+    def _end_of_run(self) -> None:
+        """Keep the run if there is room for it; the runs are kept from the first one on."""
+        ended, self._ended = self._ended, []
+        if not self._reached or not ended or self._left <= 0:
+            self._left = 0
+            return
+        first, _, first_input, _ = min(ended, key=lambda entry: entry[1])
+        if first_input is None:
+            self._left = 0
+            return
+        self._left -= first_input.nbytes + sum(output.tensor.nbytes for *_, output in ended)
+        if self._left < 0:
+            return
+        run = _Run(first, first_input.detach().clone())
+        for module, _, _, output in ended:
+            output.written = output.original is None or output.original._version != output.version
+            output.original = None  # only its version was wanted
+            run.outputs.setdefault(module, []).append(output)
+        self.runs.append(run)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

@@ -1,0 +1,109 @@
+"""What a search leaves behind: every evaluation, the trade-off curve, the plan and why it was chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from clipq.plan import Plan
+
+Method = Literal["default", "layerwise"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the model.
+
+    Attributes:
+        stage: which part of the search it belongs to.
+        group: the one group that was changed; None if the whole plan was in force.
+        pruning_rate, bits: of that group.
+        cost: what ``evaluate`` gave.
+        bytes: of the whole file, if it was encoded.
+        name: of the plan, if it was one of a few.
+    """
+
+    stage: str
+    cost: float
+    group: str | None = None
+    pruning_rate: float | None = None
+    bits: int | None = None
+    bytes: float | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A plan on the trade-off curve: its bytes as a file and its cost added, predicted; and measured, if it was."""
+
+    bytes: float
+    predicted: float
+    measured: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """A searched group in the chosen plan.
+
+    Attributes:
+        bytes, share: predicted, in the file.
+        cost, cost_share: what it adds alone to the cost, predicted.
+        remark: if it costs bytes without saving error, or the other way round.
+    """
+
+    name: str
+    size: int
+    pruning_rate: float
+    bits: int
+    bytes: float
+    share: float
+    cost: float | None = None
+    cost_share: float | None = None
+    remark: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """A finished search.
+
+    Attributes:
+        base_cost: ``evaluate`` of the full-precision model.
+        bytes: of the plan's file, before any training after the search.
+        cost: of the plan, as `bytes`; after ``recover``, if there was one.
+        drop: how much worse than the full-precision model ``validate`` finds the plan, if it was asked.
+        interaction: how the cost of whole plans follows the sum of their groups' alone: log(whole) is about
+            ``interaction[0] + interaction[1] * log(sum)``.
+    """
+
+    method: Method
+    target: Mapping[str, Any]
+    plan: Plan
+    float32_bytes: int
+    base_cost: float
+    bytes: int
+    cost: float
+    drop: float | None
+    groups: tuple[GroupRecord, ...]
+    evaluations: tuple[Evaluation, ...]
+    curve: tuple[CurvePoint, ...] = ()
+    interaction: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        value = dataclasses.asdict(self) | {"plan": json.loads(self.plan.to_json())}
+        return json.dumps(value, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchRecord:
+        value = json.loads(text)
+        value["plan"] = Plan.from_json(json.dumps(value["plan"]))
+        value["groups"] = tuple(GroupRecord(**g) for g in value["groups"])
+        value["evaluations"] = tuple(Evaluation(**e) for e in value["evaluations"])
+        value["curve"] = tuple(CurvePoint(**p) for p in value["curve"])
+        value["notes"] = tuple(value["notes"])
+        value["interaction"] = tuple(value["interaction"]) if value["interaction"] else None
+        return cls(**value)

@@ -1,0 +1,138 @@
+"""One search, from a model and a target to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from clipq.errors import SearchError
+from clipq.plan import Plan
+from clipq.search.evaluator import Evaluate, Evaluator, Recover
+from clipq.search.groups import groups_of, plan_of
+from clipq.search.record import SearchRecord
+from clipq.search.settings import Settings, Silent, Watcher
+from clipq.search.target import Target
+
+
+def run_search(
+    model: nn.Module,
+    evaluate: Evaluate,
+    target: Target,
+    *,
+    settings: Settings | None = None,
+    validate: Evaluate | None = None,
+    recover: Recover | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    storage: str | None = None,
+    name: str = "clipq",
+    watcher: Watcher | None = None,
+) -> SearchRecord:
+    """Search a plan, as `clipq.search` does, and give everything that was found on the way."""
+    # Here and not above: these import Optuna, SciPy and scikit-learn, which takes a while.
+    from clipq.search.context import Context, fingerprint, group_records, value_of
+    from clipq.search.layerwise import search_layerwise
+    from clipq.search.predict import predict
+    from clipq.search.sizes import measure_sizes
+    from clipq.search.study import Worker, open_storage
+
+    settings, watcher = settings or Settings(), watcher or Silent()
+    if settings.method == "layerwise" and target.trade_off is None:
+        raise SearchError(
+            f"the layerwise search of the paper has one knob, trade_off (λ); got {target.given()}. Give trade_off, or "
+            f"search with the default method"
+        )
+    groups = groups_of(model, include, exclude)
+    evaluator = Evaluator(model, evaluate, settings.memory)
+    print_of = fingerprint(evaluator, groups, target.given(), settings)
+    worker = Worker(open_storage(storage), name, print_of)
+    watcher.stage("sizes", 0)
+    context = Context(evaluator, validate, recover, groups, [], worker, settings, watcher)
+    with context.timed("sizes"):
+        bits = range(settings.bits[0], settings.bits[1] + 1)
+        context.sizes = measure_sizes(groups, evaluator.weights, bits, settings.highest_pruning_rate)
+    with worker.alive():
+        context.measure_base()
+        prediction = None
+        if target.trade_off is not None and settings.method == "layerwise":
+            thetas = search_layerwise(context, target.trade_off)
+        else:
+            prediction = predict(context, target)
+            thetas = prediction.thetas
+        wanted = target.file_bytes(context.float32_bytes)
+        if wanted is None:
+            size = context.file_bytes(thetas)
+        else:
+            thetas, size = context.fit(thetas, wanted)
+        plan = plan_of(groups, thetas)
+        final = context.one("plan", lambda trial: evaluator.of_plan(plan, recover, wanted or size))
+        costs = None if prediction is None else [s.cost(t) for s, t in zip(prediction.surfaces, thetas, strict=True)]
+    return SearchRecord(
+        method=settings.method,
+        target=target.given(),
+        plan=plan,
+        float32_bytes=context.float32_bytes,
+        base_cost=context.base_cost,
+        bytes=size,
+        cost=value_of(final),
+        drop=None,
+        groups=group_records(context, thetas, size, costs),
+        evaluations=tuple(context.evaluations),
+        curve=() if prediction is None else prediction.curve,
+        interaction=None if prediction is None else (prediction.interaction.a, prediction.interaction.b),
+        notes=tuple(context.notes),
+        seconds=context.seconds,
+    )
+
+
+def search(
+    model: nn.Module,
+    evaluate: Evaluate,
+    target: Target,
+    *,
+    settings: Settings | None = None,
+    validate: Evaluate | None = None,
+    recover: Recover | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    storage: str | None = None,
+) -> Plan:
+    """Choose every tensor's pruning rate and bit width (paper, section 3.3).
+
+    The model is evaluated in place and has its own weights again whenever the search returns or raises.
+
+    Args:
+        model: trained.
+        evaluate: gives a model's cost, lower is better, on data that the search may see: an error, or better a loss,
+            which tells more. See `clipq.search.evaluator.Evaluate`.
+        target: what to reach; see `Target`.
+        settings: how to search.
+        validate: what ``max_drop`` is measured by, if not by ``evaluate``.
+        recover: fine-tunes for a few steps under a plan, so that candidates are judged by what fine-tuning makes of
+            them; see `clipq.search.evaluator.Recover`.
+        include, exclude: globs on parameter names, as in `Plan.uniform`.
+        storage: a journal file or database URL that other processes with the same arguments share, and from which an
+            interrupted search goes on.
+
+    Returns:
+        A plan whose file, with the model's weights as they are, meets the target.
+
+    Raises:
+        SearchError: the target cannot be met; ``evaluate`` raises, gives no number or changes the model; the storage
+            cannot be reached or holds a search for something else.
+
+    Example:
+        >>> plan = clipq.search(model, validation_loss, clipq.Target(ratio=15))
+    """
+    return run_search(
+        model,
+        evaluate,
+        target,
+        settings=settings,
+        validate=validate,
+        recover=recover,
+        include=include,
+        exclude=exclude,
+        storage=storage,
+    ).plan

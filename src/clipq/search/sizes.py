@@ -1,0 +1,130 @@
+"""The size model: how many bytes a tensor takes in the file at any θ, without encoding it each time.
+
+Before the search a tensor is quantized and encoded at a grid of pruning rates and bit widths; between its points
+the logarithm of the size is interpolated. Along with it comes what quantization does to the weights, which the
+error surfaces are built on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+
+from clipq import files
+from clipq.archive import encoded_size
+from clipq.search.groups import Group, Theta, quantize_group
+
+SAMPLE_ROWS_ELEMENTS = 2**20
+"""Of a larger tensor, rows of about so many elements stand for all of it."""
+_HEADER_BYTES = 12  # of one tensor: checksum, shape, p and b
+_SPARSITIES = (0.0, 0.12, 0.3, 0.5, 0.8, 1.1, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.6, 5.3, 6.2)
+
+Floats = npt.NDArray[np.float64]
+
+
+def sparsity(pruning_rate: float) -> float:
+    """-log(1 - p): equal steps divide the survivors by equal factors."""
+    return -math.log1p(-pruning_rate)
+
+
+def pruning_rate_of(sparsity: float) -> float:
+    """The inverse of `sparsity`."""
+    return -math.expm1(-sparsity)
+
+
+@dataclass(frozen=True)
+class SizeModel:
+    """One group's bytes and squared quantization error, anywhere in the ranges of p and b.
+
+    Attributes:
+        group: which.
+        bits: the bit widths that can be asked for.
+        highest: the highest sparsity that can be asked for.
+    """
+
+    group: Group
+    bits: tuple[int, ...]
+    highest: float
+    _log_bytes: Mapping[int, PchipInterpolator]
+    _log_distortion: Mapping[int, PchipInterpolator]
+
+    def bytes(self, theta: Theta) -> float:
+        """What the group takes in the file."""
+        return float(self.bytes_at(np.array([sparsity(theta.pruning_rate)]), theta.bits)[0])
+
+    def bytes_at(self, sparsities: Floats, bits: int) -> Floats:
+        """The same for many sparsities at one bit width."""
+        found: Floats = np.exp(self._log_bytes[bits](np.clip(sparsities, 0, self.highest)))
+        return found
+
+    def distortion(self, theta: Theta) -> float:
+        """‖w - q‖² / ‖w‖², with q the quantized weights."""
+        return float(self.distortion_at(np.array([sparsity(theta.pruning_rate)]), theta.bits)[0])
+
+    def distortion_at(self, sparsities: Floats, bits: int) -> Floats:
+        """The same for many sparsities at one bit width."""
+        found: Floats = np.exp(self._log_distortion[bits](np.clip(sparsities, 0, self.highest)))
+        return found
+
+
+def measure_sizes(
+    groups: Sequence[Group], weights: Mapping[str, Tensor], bits: Sequence[int], highest_pruning_rate: float
+) -> list[SizeModel]:
+    """The size models of all groups, by encoding each at a grid of θ.
+
+    Args:
+        weights: full-precision weights by parameter name.
+        bits: the bit widths to allow, ascending.
+        highest_pruning_rate: the highest to allow; for small tensors it is lowered so that a few weights survive.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(lambda group: _measure(group, weights, tuple(bits), highest_pruning_rate), groups))
+
+
+def _measure(
+    group: Group, weights: Mapping[str, Tensor], bits: tuple[int, ...], highest_pruning_rate: float
+) -> SizeModel:
+    samples = {name: _sample(weights[name].detach()) for name in group.tensors}
+    n = sum(sample.numel() for sample in samples.values())
+    scale = group.size / n
+    highest = min(sparsity(highest_pruning_rate), math.log(max(n / 8, 1.0)))
+    points = [s for s in _SPARSITIES if s < highest - 0.15] + [highest]
+    norm = sum(float(sample.double().square().sum()) for sample in samples.values()) or 1.0
+    out = {name: torch.empty_like(sample) for name, sample in samples.items()}
+    log_bytes, log_distortion = {}, {}
+    for b in bits:
+        sizes, distortions = [], []
+        for s in points:
+            quantize_group(group, Theta(pruning_rate_of(s), b), samples, out)
+            arrays = files.to_arrays(out)
+            encoded = [encoded_size(array) for array in arrays.values()]  # type: ignore[arg-type]
+            sizes.append(scale * sum(encoded) + _HEADER_BYTES * len(group.tensors))
+            error = sum(float((samples[t] - out[t]).double().square().sum()) for t in samples)
+            distortions.append(max(error / norm, 1e-12))
+        log_bytes[b] = _curve(points, np.log(sizes))
+        log_distortion[b] = _curve(points, np.log(distortions))
+    return SizeModel(group, bits, highest, log_bytes, log_distortion)
+
+
+def _curve(points: Sequence[float], values: Floats) -> PchipInterpolator:
+    if len(points) == 1:
+        return PchipInterpolator([0.0, max(points[0], 1e-3)], [values[0], values[0]])
+    return PchipInterpolator(points, values)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """The weight, or some of its rows, evenly spread, if it is large; a copy in plain layout."""
+    if weight.numel() <= SAMPLE_ROWS_ELEMENTS or weight.dim() < 2:
+        return weight.contiguous()
+    row = weight[0].numel()
+    rows = min(max(SAMPLE_ROWS_ELEMENTS // row, 1), len(weight))
+    chosen = torch.linspace(0, len(weight) - 1, rows).round().long()
+    return weight[chosen.to(weight.device)].contiguous()
