@@ -16,6 +16,8 @@ from clipq.search.sizes import SizeModel, pruning_rate_of
 _EXPONENTS = (1.0, 0.6, 0.35)
 """Fine-tuning heals much of the cost that is measured before it, and the more the higher: low powers of it."""
 _WIDTHS = (2, 3, 4)
+FOR_VECTORS = Theta(0.3, 4)
+"""Of biases and the like, in plans that treat all weights alike: they are few, and matter more than their size."""
 _QUANTILES = 4096
 
 Floats = npt.NDArray[np.float64]
@@ -35,15 +37,23 @@ def starting_plans(
         plans[f"surfaces^{exponent:g}"] = plan_at(trade_off(sizes, powers), sizes, budget)
     for bits in _WIDTHS:
         if sizes[0].bits[0] <= bits <= sizes[0].bits[-1]:
-            plans[f"uniform, {bits} bits"] = fitted(sizes, [Theta(0.8, bits)] * len(sizes), budget)
+            plans[f"uniform, {bits} bits"] = uniform_plan(sizes, bits, budget)
             plans[f"magnitude, {bits} bits"] = magnitude_plan(sizes, weights, bits, budget)
     return plans
+
+
+def uniform_plan(sizes: Sequence[SizeModel], bits: int, budget: float) -> tuple[Theta, ...]:
+    """The same θ for all tensors; vectors have `FOR_VECTORS`."""
+    matrices = [size for size in sizes if not _is_vector(size)]
+    left = budget - sum(size.bytes(FOR_VECTORS) for size in sizes if _is_vector(size))
+    thetas = iter(fitted(matrices, [Theta(0.8, bits)] * len(matrices), left))
+    return tuple(FOR_VECTORS if _is_vector(size) else next(thetas) for size in sizes)
 
 
 def magnitude_plan(
     sizes: Sequence[SizeModel], weights: Mapping[str, Tensor], bits: int, budget: float
 ) -> tuple[Theta, ...]:
-    """The smallest weights of the whole model pruned, the same bit width everywhere."""
+    """The smallest weights of the whole model pruned, the same bit width everywhere; vectors have `FOR_VECTORS`."""
     levels = [_magnitudes(size.group, weights) for size in sizes]
     low, high = 0.0, max(float(magnitudes[-1]) for magnitudes in levels)
     for _ in range(40):
@@ -52,7 +62,7 @@ def magnitude_plan(
             low = middle
         else:
             high = middle
-    return fitted(sizes, _thetas_at(sizes, levels, high, bits), budget)
+    return _thetas_at(sizes, levels, high, bits)
 
 
 def perturbed(
@@ -89,6 +99,10 @@ def clusters_of(groups: Sequence[Group], most: int = 6) -> list[int]:
     return [of.get(i, most - 1) for i in range(len(groups))]
 
 
+def _is_vector(size: SizeModel) -> bool:
+    return all(len(shape) <= 1 for shape in size.group.shapes)
+
+
 def _power(cost: CostAt, exponent: float) -> CostAt:
     return lambda sparsities, bits: cost(sparsities, bits) ** exponent
 
@@ -106,6 +120,9 @@ def _magnitudes(group: Group, weights: Mapping[str, Tensor]) -> Floats:
 def _thetas_at(sizes: Sequence[SizeModel], levels: Sequence[Floats], threshold: float, bits: int) -> tuple[Theta, ...]:
     thetas = []
     for size, magnitudes in zip(sizes, levels, strict=True):
+        if _is_vector(size):
+            thetas.append(FOR_VECTORS)
+            continue
         rate = float(np.searchsorted(magnitudes, threshold)) / len(magnitudes)
         thetas.append(Theta(min(rate, pruning_rate_of(size.highest)), bits))
     return tuple(thetas)
