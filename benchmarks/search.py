@@ -7,10 +7,10 @@ then fine-tuned as the recipe says, with the file held at the size. Shown are th
 and after fine-tuning. The ways see training and validation data only.
 
 - default: `clipq search`.
-- layerwise: the paper's search. Its λ is the first of a geometric series whose plan is no larger than the file; what
+- layerwise: the paper's search, with as many evaluations. Its λ is the first of a geometric series whose plan is no larger than the file; what
   room is left is filled by keeping more weights in every tensor alike.
 - random: as many plans of the size as the default evaluates, drawn at random; the one of least loss.
-- uniform: the same p in every weight tensor, at 2, 3 and 4 bits; the best on the validation set after fine-tuning.
+- uniform: the same p in every weight tensor, at 2 and 3 bits; the best on the validation set after fine-tuning.
 - magnitude: the smallest weights of the whole network pruned; bit width as for uniform.
 
 For "saved", the default search is run for a file of 0.8 times the size. Biases are compressed by all; uniform and
@@ -54,12 +54,12 @@ from clipq.search.sizes import SizeModel, measure_sizes, pruning_rate_of
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "search.json"
 NETS: dict[str, tuple[str, int, float]] = {
-    "lenet-300-100": ("recipes/mnist/lenet-300-100.yaml", 7000, 2.0),
-    "lenet-5": ("recipes/mnist/lenet-5.yaml", 6000, 2.0),
-    "resnet-20": ("recipes/cifar10/resnet-20.yaml", 60000, 20.0),
+    "lenet-300-100": ("recipes/mnist/lenet-300-100.yaml", 5000, 2000.0),
+    "lenet-5": ("recipes/mnist/lenet-5.yaml", 5000, 2000.0),
+    "resnet-20": ("recipes/cifar10/resnet-20.yaml", 60000, 100.0),
 }
 """Recipe, bytes of the file, and the first λ of the layerwise search, in points of error."""
-BITS = (2, 3, 4)
+BITS = (2, 3)
 
 
 class Bench:
@@ -133,8 +133,7 @@ class Bench:
         self.network.load_state_dict(self.weights)
         return result
 
-    def searched(self, target: Target, method: str = "default") -> tuple[Plan, dict[str, Any]]:
-        changes = {"search_method": method}
+    def searched(self, target: Target, **changes: Any) -> tuple[Plan, dict[str, Any]]:
         recipe = self.recipe.model_copy(update=changes)
         started = time.monotonic()
         record = search_recipe(self.fabric, self.network, self.data, recipe, target, None, SilentSearch())
@@ -161,10 +160,12 @@ def default(bench: Bench, size: int) -> dict[str, Any]:
     return about | bench.measure(plan, size)
 
 
-def layerwise(bench: Bench, size: int) -> dict[str, Any]:
+def layerwise(bench: Bench, size: int, evaluations: int) -> dict[str, Any]:
     trade_off, spent = bench.trade_off, 0.0
+    of_each = -(-evaluations // len(bench.groups))
     while True:
-        plan, about = bench.searched(Target(trade_off=trade_off), "layerwise")
+        target = Target(trade_off=trade_off)
+        plan, about = bench.searched(target, search_method="layerwise", search_evaluations=of_each)
         spent += about["search_seconds"]
         with bench.quantized(plan):
             if file_bytes(bench.network, plan) <= size:
@@ -208,13 +209,12 @@ METHODS = ("default", "layerwise", "random", "uniform", "magnitude", "default at
 
 
 def run(bench: Bench, method: str, evaluations: int) -> dict[str, Any]:
-    if method == "random":
-        return random(bench, bench.bytes, evaluations)
+    if method in ("random", "layerwise"):
+        return {"random": random, "layerwise": layerwise}[method](bench, bench.bytes, evaluations)
     if method == "default at 0.8":
         return default(bench, int(0.8 * bench.bytes))
     ways: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
         "default": default,
-        "layerwise": layerwise,
         "uniform": uniform,
         "magnitude": magnitude,
     }
