@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import processor
 
 import clipq
 from clipq.data import Data, load_data
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
-    results["made with"] = {"torch": torch.__version__, "cores": torch.get_num_threads(), "processor": _processor()}
+    results["made with"] = {"torch": torch.__version__, "cores": torch.get_num_threads(), "processor": processor()}
     for net in arguments.nets:
         for seed in range(arguments.seeds):
             for method, run in (("in-parallel", in_parallel), ("two-stage", two_stage)):
@@ -232,14 +232,6 @@ def readme_table(results: dict[str, Any]) -> str:
 
 def _data(recipe: Recipe) -> Data:
     return load_data(recipe.data, recipe.data_root, recipe.seed, validation_fraction=recipe.validation_fraction)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

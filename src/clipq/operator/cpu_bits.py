@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import config, extending, njit, types
+from numba.core.codegen import get_host_cpu_features
 from numba.np.numpy_support import carray
 
 NEGATIVE, POSITIVE, SIGNS = 0, 1, 2
 VECTOR_BYTES = 64
 LOOK_UP_LANES = 16
+SMALL_BITS = 4
+"""The bit width up to which `look_up_small` holds a table of levels in registers."""
 
 JOB = np.dtype(
     [
@@ -101,7 +104,8 @@ def append_between(
     """Append to ``target``, from ``at`` on, those of one vector of ``source`` whose key is in the range of its sign.
 
     The vector is ``source[first : first + VECTOR_BYTES // itemsize]``; the ranges are (p_above, p_upto] and
-    (n_above, n_upto]. One compressing store where the processor has it (AVX-512); LLVM makes do elsewhere.
+    (n_above, n_upto]. ``target`` has room for a whole vector more: with AVX-512 the vector is packed in a register and
+    stored whole, as storing only a part of it takes some processors long. LLVM makes do elsewhere.
 
     Returns:
         Where the next one goes.
@@ -119,12 +123,16 @@ def append_between(
             above, upto = _all_lanes(builder, above, lanes), _all_lanes(builder, upto, lanes)
             return builder.and_(builder.icmp_signed(">", keys, above), builder.icmp_signed("<=", keys, upto))
 
-        where = builder.bitcast(builder.gep(source_array.data, [arguments[1]]), vector.as_pointer())
-        p_keys = builder.load(where, align=key.bitwidth // 8)
+        p_keys = _load(builder, source_array, arguments[1], vector)
         n_keys = builder.xor(p_keys, ir.Constant(vector, [-(2 ** (key.bitwidth - 1))] * lanes))
         kept = builder.or_(between(p_keys, *arguments[4:6]), between(n_keys, *arguments[6:8]))
-        to = builder.gep(target_array.data, [arguments[3]])
-        _call(builder, f"llvm.masked.compressstore.v{lanes}i{key.bitwidth}", ir.VoidType(), p_keys, to, kept)
+        kind = f"v{lanes}i{key.bitwidth}"
+        if _processor_has("avx512f" if key.bitwidth > 16 else "avx512vbmi2"):
+            packed = _call(builder, f"llvm.x86.avx512.mask.compress.{kind}", vector, p_keys, p_keys, kept)
+            _store(builder, packed, target_array, arguments[3], element)
+        else:
+            to = builder.gep(target_array.data, [arguments[3]])
+            _call(builder, f"llvm.masked.compressstore.{kind}", ir.VoidType(), p_keys, to, kept)
         count_type = ir.IntType(lanes)
         count = _call(builder, f"llvm.ctpop.i{lanes}", count_type, builder.bitcast(kept, count_type))
         return builder.add(arguments[3], builder.zext(count, arguments[3].type))
@@ -139,36 +147,81 @@ def look_up(typing_context: Any, table: Any, slots: Any, first: Any, target: Any
     Gathering loads where the processor has them; a loop is not turned into them by itself, as the target might
     overlap the table.
     """
+    return types.none(table, slots, types.int64, target), _gathered
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        table_array, slots_array, target_array = (
-            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 3)
-        )
-        element, cut = ir.IntType(table.dtype.bitwidth), ir.IntType(target.dtype.bitwidth)
-        addresses = ir.VectorType(ir.IntType(64), LOOK_UP_LANES)
-        slot_vector = ir.VectorType(ir.IntType(32), LOOK_UP_LANES)
-        where = builder.bitcast(builder.gep(slots_array.data, [arguments[2]]), slot_vector.as_pointer())
-        offsets = builder.zext(builder.load(where, align=4), addresses)
-        offsets = builder.mul(offsets, ir.Constant(addresses, [table.dtype.bitwidth // 8] * LOOK_UP_LANES))
-        base = _all_lanes(builder, builder.ptrtoint(table_array.data, ir.IntType(64)), LOOK_UP_LANES)
-        pointers = builder.inttoptr(builder.add(base, offsets), ir.VectorType(element.as_pointer(), LOOK_UP_LANES))
-        vector = ir.VectorType(element, LOOK_UP_LANES)
-        found = _call(
-            builder,
-            f"llvm.masked.gather.v{LOOK_UP_LANES}i{element.width}.v{LOOK_UP_LANES}p0",
-            vector,
-            pointers,
-            ir.Constant(ir.IntType(32), element.width // 8),
-            ir.Constant(ir.VectorType(ir.IntType(1), LOOK_UP_LANES), [1] * LOOK_UP_LANES),
-            ir.Constant(vector, ir.Undefined),
-        )
-        if cut.width < element.width:
-            found = builder.trunc(found, ir.VectorType(cut, LOOK_UP_LANES))
-        to = builder.bitcast(builder.gep(target_array.data, [arguments[2]]), found.type.as_pointer())
-        builder.store(found, to, align=cut.width // 8)
-        return context.get_dummy_value()
 
+@intrinsic
+def look_up_small(typing_context: Any, table: Any, slots: Any, first: Any, target: Any) -> Any:
+    """`look_up` for SMALL_BITS bits: in a table that AVX-512 holds in registers, where the processor has it."""
+    generate = _permuted if _processor_has("avx512f") else _gathered
     return types.none(table, slots, types.int64, target), generate
+
+
+def _gathered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    table, slots, target = _arrays(context, builder, signature, arguments)
+    element, cut = (ir.IntType(signature.args[i].dtype.bitwidth) for i in (0, 3))
+    slot = _load(builder, slots, arguments[2], ir.VectorType(ir.IntType(32), LOOK_UP_LANES))
+    addresses = ir.VectorType(ir.IntType(64), LOOK_UP_LANES)
+    offsets = builder.mul(builder.zext(slot, addresses), ir.Constant(addresses, [element.width // 8] * LOOK_UP_LANES))
+    base = _all_lanes(builder, builder.ptrtoint(table.data, ir.IntType(64)), LOOK_UP_LANES)
+    pointers = builder.inttoptr(builder.add(base, offsets), ir.VectorType(element.as_pointer(), LOOK_UP_LANES))
+    vector = ir.VectorType(element, LOOK_UP_LANES)
+    found = _call(
+        builder,
+        f"llvm.masked.gather.v{LOOK_UP_LANES}i{element.width}.v{LOOK_UP_LANES}p0",
+        vector,
+        pointers,
+        ir.Constant(ir.IntType(32), element.width // 8),
+        ir.Constant(ir.VectorType(ir.IntType(1), LOOK_UP_LANES), [1] * LOOK_UP_LANES),
+        ir.Constant(vector, ir.Undefined),
+    )
+    _store(builder, found, target, arguments[2], cut)
+    return context.get_dummy_value()
+
+
+def _permuted(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    table, slots, target = _arrays(context, builder, signature, arguments)
+    element, cut = (ir.IntType(signature.args[i].dtype.bitwidth) for i in (0, 3))
+    lanes = VECTOR_BYTES * 8 // element.width
+    vector = ir.VectorType(element, lanes)
+    index = ir.IntType(64)
+    levels = [_load(builder, table, ir.Constant(index, i), vector) for i in range(0, 1 << SMALL_BITS, lanes)]
+    for i in range(0, LOOK_UP_LANES, lanes):
+        at = builder.add(arguments[2], ir.Constant(index, i))
+        slot = _load(builder, slots, at, ir.VectorType(ir.IntType(32), lanes))
+        if element.width == 32:
+            found = _call(builder, "llvm.x86.avx512.permvar.si.512", vector, *levels, slot)
+        else:
+            slot = builder.zext(slot, vector)
+            found = _call(builder, "llvm.x86.avx512.vpermi2var.q.512", vector, levels[0], slot, levels[1])
+        _store(builder, found, target, at, cut)
+    return context.get_dummy_value()
+
+
+def _arrays(context: Any, builder: Any, signature: Any, arguments: Any) -> tuple[Any, ...]:
+    """The array arguments of `look_up`: table, slots, target."""
+    return tuple(context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 3))
+
+
+def _load(builder: Any, array: Any, at: Any, vector: Any) -> Any:
+    address = builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer())
+    return builder.load(address, align=vector.element.width // 8)
+
+
+def _store(builder: Any, found: Any, array: Any, at: Any, cut: Any) -> None:
+    """Store a vector of integers, each cut to a width."""
+    if cut.width < found.type.element.width:
+        found = builder.trunc(found, ir.VectorType(cut, found.type.count))
+    address = builder.bitcast(builder.gep(array.data, [at]), found.type.as_pointer())
+    builder.store(found, address, align=cut.width // 8)
+
+
+def _processor_has(feature: str) -> bool:
+    """Whether Numba compiles for a processor with this feature, by LLVM's name for it."""
+    features: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]  # the user's choice
+    if features is None:
+        features = get_host_cpu_features()  # type: ignore[no-untyped-call]
+    return f"+{feature}" in features.split(",")
 
 
 def _all_lanes(builder: Any, scalar: Any, lanes: int) -> Any:

@@ -63,7 +63,7 @@ def count_segment(job: Any, start: int, stop: int, tag: Any, tally: Any, length:
                 bins[sign, i] = 0
     listed = 0
     sign_bit = np.int64(-1) << (8 * bits.itemsize - 1)
-    fresh = np.empty(BLOCK, bits.dtype)
+    fresh = np.empty(BLOCK + VECTOR_BYTES, bits.dtype)
     for first in range(start, stop, BLOCK):
         part = bits[first : min(first + BLOCK, stop)]
         if _count_block(part, job, tally):

@@ -15,11 +15,13 @@ from clipq.operator.cpu_bits import (
     LOOK_UP_LANES,
     NEGATIVE,
     POSITIVE,
+    SMALL_BITS,
     VECTOR_BYTES,
     append_between,
     compiled,
     compute_type,
     look_up,
+    look_up_small,
     magnitude,
     rounded_bits,
     use_wide_vectors,
@@ -123,7 +125,7 @@ def sum_segment(job: Any, start: int, stop: int, tag: Any, sums: Any) -> None:
     p_above = narrow(job.threshold[POSITIVE]) if job.intervals[POSITIVE] else highest
     sign_bit = narrow(np.int64(-1) << (8 * bits.itemsize - 1))
     lanes = VECTOR_BYTES // bits.itemsize
-    kept = np.empty(2 * BLOCK, bits.dtype)
+    kept = np.empty(2 * BLOCK + VECTOR_BYTES, bits.dtype)
     n = 0
     for first in range(start, stop, BLOCK):
         part = bits[first : min(first + BLOCK, stop)]
@@ -219,7 +221,11 @@ def assign_segment(job: Any, start: int, stop: int, tag: Any, table: Any) -> Non
         for i in range(part.shape[0]):
             slots[i] = _slot(part[i], tag, key_mask, zero, n_side, p_side)
         vectors = part.shape[0] // LOOK_UP_LANES
-        for i in range(vectors):
-            look_up(table, slots, i * LOOK_UP_LANES, target)
+        if job.bits <= SMALL_BITS:
+            for i in range(vectors):
+                look_up_small(table, slots, i * LOOK_UP_LANES, target)
+        else:
+            for i in range(vectors):
+                look_up(table, slots, i * LOOK_UP_LANES, target)
         for i in range(vectors * LOOK_UP_LANES, part.shape[0]):
             target[i] = table[slots[i]]
