@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -138,6 +138,7 @@ class Evaluator:
         what = what or "the model as it is"
         training = {name: module.training for name, module in self.model.named_modules()}
         versions = {name: (tensor, tensor._version) for name, tensor in self._live().items()}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # torch's norms do not count
         try:
             with torch.no_grad():
                 value = _value(evaluate(self.model), ceiling)
@@ -149,11 +150,11 @@ class Evaluator:
             for name, module in self.model.named_modules():
                 module.training = training.get(name, module.training)
         now = self._live()
-        changed = [
-            n for n, (tensor, version) in versions.items() if now.get(n) is not tensor or version != tensor._version
-        ]
+        changed = [n for n, (t, version) in versions.items() if now.get(n) is not t or version != t._version]
         changed += [name for name in now if name not in versions]
+        changed += [n for n, was in buffers.items() if n in now and n not in changed and not torch.equal(was, now[n])]
         if changed:
+            self._put_back(versions)
             raise SearchError(
                 f"evaluate changed the model: {', '.join(changed[:5])}{' and others' if len(changed) > 5 else ''}. The "
                 f"weights are restored; evaluate in eval mode, without training steps"
@@ -164,6 +165,13 @@ class Evaluator:
                 f"finite number where the cost is not defined"
             )
         return float(value)
+
+    def _put_back(self, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
+        """Parameters and buffers that were replaced by other objects."""
+        for name, (tensor, _) in tensors.items():
+            path, _, own = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            (module._parameters if own in module._parameters else module._buffers)[own] = tensor  # type: ignore[assignment]
 
     def _live(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
