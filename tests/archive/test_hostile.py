@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipq import archive
-from clipq.archive.container import MAX_HEADER, PRELUDE
+from clipq.archive.container import MAX_BLOCK_BYTES, MAX_HEADER, PRELUDE
 from clipq.archive.wire import Sink
 from clipq.errors import DamagedFileError, TooLargeError
 from tests.archive import mutations
@@ -146,6 +146,37 @@ def test_a_header_of_many_empty_tensors_takes_its_time_but_no_more() -> None:
     with archive.Archive(_file(table, [])) as file:
         assert len(file) == 2**16
     assert time.process_time() - start < 10
+
+
+def test_a_group_of_many_tensors_is_decoded_once() -> None:
+    table, block = Sink(), Sink()
+    block.varint(0)
+    block.raw(bytes(2**16))
+    for value in (0, 1, 1, len(block.data), 2**16):
+        table.varint(value)
+    for i in range(2**16):
+        name = f"{i}".encode()
+        table.varint(0)
+        table.varint(len(name))
+        table.raw(name)
+        for value in (2, 1, 1, 1, 0):
+            table.varint(value)
+    whole = _file(table, [bytes(block.data)])
+    for content in (whole, whole[:-1] + b"\1"):
+        start = time.process_time()
+        with archive.Archive(content) as file:
+            arrays, damaged = file.salvage()
+        assert len(arrays) == (0 if damaged else 2**16)
+        assert time.process_time() - start < 10
+
+
+def test_a_block_larger_than_any_writer_makes_is_refused_unread() -> None:
+    table = Sink()
+    block = bytes(MAX_BLOCK_BYTES + 1)
+    for value in (0, 1, 0, len(block), 1, 0, 1, ord("w"), 0, 1, 1, 1000, 1):
+        table.varint(value)
+    with pytest.raises(DamagedFileError, match="larger than 2097152"):
+        archive.Archive(_file(table, [block]))
 
 
 def test_the_prelude_is_what_the_specification_says() -> None:
