@@ -59,6 +59,10 @@ class Recipe(BaseModel):
         {}, description="Other values by glob; as an option: 'conv1.*:pruning_rate=0.3,bits=4'."
     )
 
+    bfloat16_rest: bool = Field(
+        False, description="Round biases and norms to bfloat16 before the final evaluation; reported beside exact ones."
+    )
+
     epochs: int = Field(10, ge=1, description="Epochs of pruning and quantizing in parallel with fine-tuning.")
     batch_size: int = Field(128, ge=1, description="Samples a step.")
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="SGD has Nesterov momentum.")

@@ -163,7 +163,7 @@ class Archive(Mapping[str, Array]):
         if total > self.limit:
             raise TooLargeError(
                 f"the tensors asked for take {total} bytes once decoded, above the limit of {self.limit}; if you "
-                f"trust the file, raise the limit (limit=...), or read fewer tensors at a time"
+                f"trust the file, raise the limit (limit=..., or --limit), or read fewer tensors at a time"
             )
 
     def _workers(self, names: Iterable[str], threads: int | None) -> int:
