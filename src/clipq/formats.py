@@ -65,13 +65,20 @@ def read_state(path: Path, *, limit: int | None = None) -> Mapping[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free text that a safetensors or .clipq file carries beside its tensors; of other files none."""
+    """The free text that a safetensors or .clipq file carries beside its tensors; of other files none.
+
+    Raises:
+        ArchiveError: the file cannot be read.
+    """
     if path.suffix == ".clipq":
         with Archive(path) as file:
             return dict(file.metadata)
     if path.suffix == ".safetensors":
-        with safetensors.safe_open(path, "pt") as opened:
-            return opened.metadata() or {}
+        try:
+            with safetensors.safe_open(path, "pt") as opened:
+                return opened.metadata() or {}
+        except Exception as error:
+            raise ArchiveError(f"{path} cannot be read: {error}") from None
     return {}
 
 

@@ -6,6 +6,7 @@ import random
 import time
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from clipq.errors import DamagedFileError, TooLargeError
 from tests.archive import mutations
 
 SEEDS = mutations.seeds()
+CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus"
 
 
 @given(seed=st.integers(0, 2**63), which=st.sampled_from(SEEDS), times=st.integers(1, 4))
@@ -30,6 +32,13 @@ def test_a_mutated_file_is_read_or_refused(seed: int, which: bytes, times: int) 
     for _ in range(times):
         content = mutations.mutate(content, rng)
     mutations.read_all(content)
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.iterdir()), ids=lambda path: path.name[:8])
+def test_what_fuzzing_found_is_read_or_refused(path: Path) -> None:
+    start = time.process_time()
+    mutations.read_all(path.read_bytes())
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("content", SEEDS, ids=range(len(SEEDS)))
