@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import safetensors
 import safetensors.torch
@@ -17,8 +19,6 @@ import clipq
 from clipq.errors import ArchiveError
 from clipq.folder import pack_folder, unpack_folder
 from clipq.formats import read_metadata, read_state, write_state
-
-onnx = pytest.importorskip("onnx")
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -76,6 +76,12 @@ def test_onnx_initializers_are_read(tmp_path: Path) -> None:
     assert state["four"].tolist() == [1, 15, 0, 7, 3]
     assert state["four"].dtype == torch.uint8
     assert (state["brain"].dtype, state["brain"].tolist()) == (torch.bfloat16, [1.5, -2])
+
+
+def test_the_package_that_reads_onnx_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ArchiveError, match=r"pip install 'clipq\[onnx\]'"):
+        read_state(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "link", "none", ""])
