@@ -22,10 +22,11 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 FUZZ_SECONDS ?= 60
+FUZZ_CORPUS ?= fuzz/corpus
 
 fuzz: $(READY)
-	$(BIN)/python -m pip install --quiet atheris
-	$(BIN)/python fuzz/read_file.py fuzz/corpus -max_total_time=$(FUZZ_SECONDS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt atheris
+	$(BIN)/python fuzz/read_file.py $(FUZZ_CORPUS) fuzz/corpus -max_total_time=$(FUZZ_SECONDS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,8 @@
 
     python fuzz/read_file.py fuzz/corpus -max_total_time=60
 
+The first folder gets the inputs that reach something new; further ones are read only.
+
 Any exception but clipq's own, more than a second a megabyte, or memory beyond the limit, ends the run.
 """
 

@@ -94,6 +94,8 @@ def save(
     *,
     plan: Plan | None = None,
     effort: archive.Effort = "default",
+    bfloat16_rest: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> FileReport:
     """Write a model, or its state_dict, to a ``.clipq`` file; every bit of every tensor comes back.
 
@@ -106,6 +108,9 @@ def save(
         path: usually with the ending ``.clipq``.
         plan: where the tensors' p and b are taken from, to be shown by ``clipq inspect``.
         effort: "default", or "max" for the smallest file, written and read more slowly.
+        bfloat16_rest: write biases and norms as `round_rest` rounds them; the model stays as it is. Evaluate what
+            you load.
+        metadata: free text to keep with the tensors.
 
     Raises:
         ArchiveError: a value that is no dense tensor, or the file cannot be written.
@@ -113,12 +118,39 @@ def save(
     Example:
         >>> clipq.save(model, "model.clipq").bytes
     """
-    tensors = to_arrays(model)
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    tensors = to_arrays(round_rest(state, plan) if bfloat16_rest else state)
     planned = {n: archive.Planned(t.pruning_rate, t.bits) for n, t in (plan.tensors if plan else {}).items()}
-    content = archive.encode_file(tensors, planned=planned, effort=effort)
+    content = archive.encode_file(tensors, planned=planned, metadata=metadata, effort=effort)
     archive.write_file(path, content)
     with archive.Archive(content) as file:
         return report(file, {name: array for name, array in tensors.items() if not isinstance(array, archive.Tied)})
+
+
+def round_rest(state: Mapping[str, Tensor], plan: Plan | None = None) -> dict[str, Tensor]:
+    """Tensors of which biases and norms hold only values that bfloat16 has; their dtype stays.
+
+    These are the float32 and float64 tensors of fewer than two dimensions that the plan does not name. In a file
+    they take half the bytes; whether that costs accuracy is to be measured.
+
+    Raises:
+        ArchiveError: a value in one of them is too large for bfloat16.
+    """
+    rounded: dict[str, Tensor] = {}
+    tied: dict[tuple[object, ...], Tensor] = {}
+    planned = plan.tensors if plan else {}
+    for name, tensor in state.items():
+        rest = isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.float64) and tensor.dim() < 2
+        if not rest or name in planned:
+            rounded[name] = tensor
+            continue
+        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if where not in tied or not tensor.numel():
+            tied[where] = tensor.detach().to(torch.bfloat16).to(tensor.dtype)
+            if not torch.equal(tied[where].isfinite(), tensor.isfinite()):
+                raise ArchiveError(f"{name}: a value is too large for bfloat16; write the file without bfloat16_rest")
+        rounded[name] = tied[where]
+    return rounded
 
 
 @overload

@@ -73,6 +73,10 @@ class Recipe(BaseModel):
         {}, description="Other values by glob; as an option: 'conv1.*:pruning_rate=0.3,bits=4'."
     )
 
+    bfloat16_rest: bool = Field(
+        False, description="Round biases and norms to bfloat16 before the final evaluation; reported beside exact ones."
+    )
+
     ratio: float | None = Field(
         None, gt=1, description="Search a plan for a file so many times smaller than float32; replaces p, b, overrides."
     )

@@ -6,6 +6,7 @@ import random
 import time
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipq import archive
-from clipq.archive.container import MAX_HEADER, PRELUDE
+from clipq.archive.container import MAX_BLOCK_BYTES, MAX_HEADER, PRELUDE
 from clipq.archive.wire import Sink
 from clipq.errors import DamagedFileError, TooLargeError
 from tests.archive import mutations
 
 SEEDS = mutations.seeds()
+CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus"
 
 
 @given(seed=st.integers(0, 2**63), which=st.sampled_from(SEEDS), times=st.integers(1, 4))
@@ -30,6 +32,13 @@ def test_a_mutated_file_is_read_or_refused(seed: int, which: bytes, times: int) 
     for _ in range(times):
         content = mutations.mutate(content, rng)
     mutations.read_all(content)
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.iterdir()), ids=lambda path: path.name[:8])
+def test_what_fuzzing_found_is_read_or_refused(path: Path) -> None:
+    start = time.process_time()
+    mutations.read_all(path.read_bytes())
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("content", SEEDS, ids=range(len(SEEDS)))
@@ -146,6 +155,37 @@ def test_a_header_of_many_empty_tensors_takes_its_time_but_no_more() -> None:
     with archive.Archive(_file(table, [])) as file:
         assert len(file) == 2**16
     assert time.process_time() - start < 10
+
+
+def test_a_group_of_many_tensors_is_decoded_once() -> None:
+    table, block = Sink(), Sink()
+    block.varint(0)
+    block.raw(bytes(2**16))
+    for value in (0, 1, 1, len(block.data), 2**16):
+        table.varint(value)
+    for i in range(2**16):
+        name = f"{i}".encode()
+        table.varint(0)
+        table.varint(len(name))
+        table.raw(name)
+        for value in (2, 1, 1, 1, 0):
+            table.varint(value)
+    whole = _file(table, [bytes(block.data)])
+    for content in (whole, whole[:-1] + b"\1"):
+        start = time.process_time()
+        with archive.Archive(content) as file:
+            arrays, damaged = file.salvage()
+        assert len(arrays) == (0 if damaged else 2**16)
+        assert time.process_time() - start < 10
+
+
+def test_a_block_larger_than_any_writer_makes_is_refused_unread() -> None:
+    table = Sink()
+    block = bytes(MAX_BLOCK_BYTES + 1)
+    for value in (0, 1, 0, len(block), 1, 0, 1, ord("w"), 0, 1, 1, 1000, 1):
+        table.varint(value)
+    with pytest.raises(DamagedFileError, match="larger than 2097152"):
+        archive.Archive(_file(table, [block]))
 
 
 def test_the_prelude_is_what_the_specification_says() -> None:

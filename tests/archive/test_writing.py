@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +23,9 @@ from clipq.errors import ArchiveError
 
 OLD = archive.encode_file({"w": np.zeros(10)})
 NEW = archive.encode_file({"w": np.random.default_rng(0).normal(size=200_000)})
-# Where the writer dies: at which call of which function, and whether the new file is in place by then.
-DEATHS = [("open", 1, False), ("fsync", 1, False), ("chmod", 1, False), ("replace", 1, False)]
-DEATHS += [("open", 2, True), ("fsync", 2, True)]  # those of the folder, after the rename
+TRACEME, RESUME_TO_SYSTEM_CALL = 0, 24  # of ptrace
+PTRACE = ctypes.CDLL(None).ptrace
+PTRACE.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 @pytest.fixture
@@ -31,25 +35,44 @@ def target(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("call", "nth", "in_place"), DEATHS)
-def test_dying_at_a_system_call_leaves_one_whole_file(call: str, nth: int, in_place: bool, target: Path) -> None:
+def write_until_stop(target: Path, stop: int) -> bool:
+    """Write a file in a process of its own that is killed at the given one of its system calls' starts and ends.
+
+    Returns:
+        Whether it was killed, and not through before.
+    """
     child = os.fork()
     if child == 0:
-        calls, real = 0, getattr(os, call)
-
-        def die(*arguments: object, **named: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **named)
-
-        setattr(os, call, die)
+        PTRACE(TRACEME, 0, None, None)
+        os.kill(os.getpid(), signal.SIGSTOP)
         writer.write_file(target, NEW)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"os.{call} was not called"
-    assert target.read_bytes() == (NEW if in_place else OLD)
+    os.waitpid(child, 0)
+    for _ in range(stop + 1):
+        PTRACE(RESUME_TO_SYSTEM_CALL, child, None, None)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            return False
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="system calls are stopped at as Linux does it")
+def test_dying_before_or_after_any_system_call_leaves_one_whole_file(target: Path) -> None:
+    stop, seen = 0, []
+    while write_until_stop(target, stop):
+        content = target.read_bytes()
+        assert content in (OLD, NEW), f"stop {stop}"
+        seen.append(content == NEW)
+        for file in target.parent.iterdir():
+            if file != target:
+                file.unlink()
+        target.write_bytes(OLD)
+        stop += 1
+    assert stop > 20
+    assert seen == sorted(seen), "once it is there, the new file stays"
+    assert {False, True} == set(seen)
 
 
 def test_being_killed_at_any_moment_leaves_one_whole_file(target: Path) -> None:
@@ -85,6 +108,28 @@ def test_running_out_of_space_leaves_the_old_file_and_nothing_else(target: Path)
         archive.write_file(target, NEW)
     assert target.read_bytes() == OLD
     assert os.listdir(target.parent) == ["model.clipq"]
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="a full disk is made with unshare")
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    room = len(NEW) // 2
+    script = f"""
+import pathlib
+from clipq import archive, errors
+target = pathlib.Path({str(tmp_path / "m.clipq")!r})
+archive.write_file(target, b"old")
+try:
+    archive.write_file(target, bytes({len(NEW)}))
+except errors.ArchiveError as error:
+    print(error, target.read_bytes(), [path.name for path in target.parent.iterdir()])
+"""
+    mount = f'mount -t tmpfs -o size={room} none "$1" && exec "$2" -c "$3"'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unshare" in result.stderr or "mount" in result.stderr:
+        pytest.skip(f"no small disk can be mounted here: {result.stderr.strip()}")
+    assert "No space left on device; nothing there was changed" in result.stdout
+    assert result.stdout.endswith("b'old' ['m.clipq']\n")
 
 
 def test_the_folder_must_exist(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands that work on files: pack, unpack, inspect, verify."""
+"""The commands that work on files: pack, unpack, inspect, verify, diff."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -96,6 +97,61 @@ def test_verify_tells_a_whole_file_from_a_damaged_one(run: Any, state: dict[str,
     assert json.loads(run("verify", "m.clipq", "--json")[1])["damaged"]
     Path("m.clipq").write_bytes(b"not one of ours")
     assert run("verify", "m.clipq")[0] == 1
+
+
+def test_salvage_writes_what_is_whole_and_names_the_rest(run: Any, state: dict[str, torch.Tensor]) -> None:
+    clipq.save(state, "m.clipq")
+    content = bytearray(Path("m.clipq").read_bytes())
+    content[-5] ^= 1  # of layer.weight, the last block
+    Path("m.clipq").write_bytes(content)
+    code, _, err = run("unpack", "m.clipq", "--out", "again.safetensors")
+    assert (code, Path("again.safetensors").exists()) == (1, False)
+    assert "layer.weight" in err
+    assert "--salvage" in err
+    code, out, err = run("unpack", "m.clipq", "--salvage", "--out", "whole.npz")
+    assert code == 3
+    assert "1 damaged and left out: layer.weight" in " ".join(out.split())
+    with np.load("whole.npz") as whole:
+        assert set(whole.files) == set(state) - {"layer.weight"}
+        assert all(np.array_equal(whole[name], state[name].numpy()) for name in whole.files)
+
+
+def test_a_bomb_is_refused_by_a_limit_that_can_be_raised(run: Any) -> None:
+    clipq.save({"zeros": torch.zeros(1000, 1000)}, "bomb.clipq")
+    assert Path("bomb.clipq").stat().st_size < 200
+    for command in ("unpack", "inspect", "verify"):
+        code, _, err = run(command, "bomb.clipq", "--limit", "1MB")
+        assert code == 1
+        assert "4000000 bytes" in err
+        assert "--limit" in err
+        assert run(command, "bomb.clipq", "--limit", "4MiB")[0] == 0
+    assert run("diff", "bomb.clipq", "bomb.clipq", "--limit", "3999999")[0] == 1
+    assert run("unpack", "bomb.clipq", "--limit", "much")[0] == 2
+
+
+def test_diff_says_what_differs_and_by_how_much(run: Any, state: dict[str, torch.Tensor]) -> None:
+    assert run("pack", "m.pt")[0] == 0
+    code, out, _ = run("diff", "m.safetensors", "m.clipq")
+    assert (code, out) == (0, "3 tensors are the same, 0 differ\n")
+    changed = state | {"layer.bias": state["layer.bias"].clone(), "new": torch.ones(2)}
+    changed["layer.bias"][3] += 0.5
+    safetensors.torch.save_file(changed, "other.safetensors")
+    code, out, _ = run("diff", "m.clipq", "other.safetensors")
+    assert code == 3
+    assert re.search(r"layer\.bias +values +1 of 40 +0\.5", out)
+    assert "2 tensors are the same, 2 differ" in out
+    found = json.loads(run("diff", "m.clipq", "other.safetensors", "--json")[1])
+    assert (found["same"], [d["name"] for d in found["different"]]) == (2, ["layer.bias", "new"])
+
+
+def test_a_folder_goes_both_ways(run: Any, state: dict[str, torch.Tensor]) -> None:
+    Path("bert").mkdir()
+    Path("bert/config.json").write_text("{}")
+    safetensors.torch.save_file(state, "bert/model.safetensors", {"format": "pt"})
+    assert run("pack", "bert")[0] == 0
+    assert sorted(p.name for p in Path("bert-clipq").iterdir()) == ["config.json", "model.clipq"]
+    assert run("unpack", "bert-clipq", "--out", "again")[0] == 0
+    assert Path("again/model.safetensors").read_bytes() == Path("bert/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ MAX_HEADER = 16 * 2**20
 MAX_DIMENSIONS = 64
 MAX_ENTRIES = 2**16  # tensors, and metadata entries: what a small header can make a reader do is bounded
 MAX_GROUP_BYTES = 2**18
+MAX_BLOCK_BYTES = 2**21
 
 Kind = Literal["codes", "raw", "group", "tied"]
 _KINDS: tuple[Kind, ...] = ("codes", "raw", "group", "tied")
@@ -199,7 +200,7 @@ def decode_header(prelude: bytes, body: bytes, file_size: int) -> Header:
     offset = PRELUDE.size + len(body)
     blocks = []
     for _ in range(n_blocks):
-        size = cursor.varint(file_size - offset)
+        size = cursor.varint(min(MAX_BLOCK_BYTES, file_size - offset))
         blocks.append(Block(offset, size, int.from_bytes(outer.raw(4), "little")))
         offset += size
     outer.end()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Self
 
@@ -15,10 +17,10 @@ import numpy.typing as npt
 
 from clipq.archive import dtypes
 from clipq.archive.codes import decode_codebook
-from clipq.archive.container import PRELUDE, TensorHeader, check_layout, check_prelude, decode_header
+from clipq.archive.container import MAX_BLOCK_BYTES, PRELUDE, TensorHeader, check_layout, check_prelude, decode_header
 from clipq.archive.raw import block_step, decode_raw
 from clipq.archive.sources import Source, open_source
-from clipq.archive.tiles import decode_scan, decode_tile, tiles
+from clipq.archive.tiles import decode_scan, decode_tile, row_length, tiles
 from clipq.archive.wire import Cursor
 from clipq.errors import DamagedFileError, TooLargeError
 
@@ -26,7 +28,9 @@ Array = npt.NDArray[np.generic]
 
 LIMIT_FLOOR = 2**30
 LIMIT_RATIO = 4096
-MAX_WORKERS = 8  # each holds a block at a time: together at most 16 MiB beside the decoded tensors
+MAX_WORKERS = 8
+ROOM = 12 * 2**20  # bytes that the workers may hold together; with all else 16 MiB beside the decoded tensors
+_ROW_BYTES = 56  # what the model of a tile holds for each column of a row
 
 
 class Archive(Mapping[str, Array]):
@@ -53,7 +57,7 @@ class Archive(Mapping[str, Array]):
             prelude = bytes(self._input.read(0, min(PRELUDE.size, size)))
             body = bytes(self._input.read(PRELUDE.size, check_prelude(prelude, size)))
             self._header = decode_header(prelude, body, size)
-            self._groups = check_layout(self._header.tensors)
+            self._groups = {i: _Group.of(members) for i, members in check_layout(self._header.tensors).items()}
             on_error.pop_all()
         self.nbytes: int = size
         self.limit: int = max(LIMIT_FLOOR, LIMIT_RATIO * size) if limit is None else limit
@@ -122,11 +126,12 @@ class Archive(Mapping[str, Array]):
             self._check_size([self.tensors[name] for name in stored])
         arrays: dict[str, Array] = {}
         damaged: dict[str, DamagedFileError] = {}
-        with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, MAX_WORKERS)) as pool:
+        groups: dict[int, npt.NDArray[np.uint8] | str] = {}
+        with ThreadPoolExecutor(self._workers(stored, threads)) as pool:
             for name in stored:
                 try:
                     with self._naming_the_file():
-                        arrays[name] = self._decode(self.tensors[name], pool)
+                        arrays[name] = self._decode(self.tensors[name], pool, groups)
                 except DamagedFileError as error:
                     damaged[name] = error
         sources = {name: self.tensors[name].tied_to or name for name in wanted}
@@ -149,9 +154,8 @@ class Archive(Mapping[str, Array]):
         size = sum(self._header.blocks[i].size for i in tensor.blocks)
         if tensor.kind != "group":
             return size
-        members = self._groups[tensor.blocks[0]]
-        total = max(sum(m.nbytes for m in members), 1)
-        start = sum(m.nbytes for m in members[: members.index(tensor)])
+        group = self._groups[tensor.blocks[0]]
+        start, total = group.starts[name], max(group.nbytes, 1)
         return size * (start + tensor.nbytes) // total - size * start // total
 
     def _check_size(self, tensors: list[TensorHeader]) -> None:
@@ -159,10 +163,25 @@ class Archive(Mapping[str, Array]):
         if total > self.limit:
             raise TooLargeError(
                 f"the tensors asked for take {total} bytes once decoded, above the limit of {self.limit}; if you "
-                f"trust the file, raise the limit (limit=...), or read fewer tensors at a time"
+                f"trust the file, raise the limit (limit=..., or --limit), or read fewer tensors at a time"
             )
 
-    def _decode(self, tensor: TensorHeader, pool: ThreadPoolExecutor) -> Array:
+    def _workers(self, names: Iterable[str], threads: int | None) -> int:
+        """How many threads decode these tensors: as many as asked for, or one per core, if `ROOM` allows it."""
+        each = max((self._working_bytes(self.tensors[name]) for name in names), default=1)
+        return max(1, min(threads or os.cpu_count() or 1, MAX_WORKERS, ROOM // each))
+
+    def _working_bytes(self, tensor: TensorHeader) -> int:
+        """About the most that decoding one block of a tensor takes, beside its elements."""
+        payload = max((self._header.blocks[i].size for i in tensor.blocks), default=0)
+        if tensor.kind != "codes":
+            return payload + MAX_BLOCK_BYTES
+        tile: int = tiles(tensor.shape, tensor.swapped)[0].stop
+        return 4 * payload + 2 * tile + _ROW_BYTES * row_length(tensor.shape, tensor.swapped)
+
+    def _decode(
+        self, tensor: TensorHeader, pool: ThreadPoolExecutor, groups: dict[int, npt.NDArray[np.uint8] | str]
+    ) -> Array:
         dtype = dtypes.BY_NAME[tensor.dtype][1]
         try:
             out = np.empty(tensor.nbytes, np.uint8)
@@ -173,7 +192,7 @@ class Archive(Mapping[str, Array]):
         elif tensor.kind == "raw":
             self._decode_raw(tensor, out, pool)
         else:
-            out[:] = self._group_member(tensor)
+            out[:] = self._group_member(tensor, groups)
         if tensor.dtype == "bool" and out.size and out.max() > 1:
             raise DamagedFileError(f"{tensor.name}: a truth value is {out.max()}, neither 0 nor 1: the file is damaged")
         return out.view(dtype).reshape(tensor.shape)
@@ -203,12 +222,28 @@ class Archive(Mapping[str, Array]):
         for _ in pool.map(decode, range(len(tensor.blocks))):
             pass
 
-    def _group_member(self, tensor: TensorHeader) -> npt.NDArray[np.uint8]:
-        members = self._groups[tensor.blocks[0]]
-        block = np.empty(sum(m.nbytes for m in members), np.uint8)
-        decode_raw(self._payload(tensor, 0), block, dtypes.BY_NAME[tensor.dtype][1].itemsize, tensor.name)
-        start = sum(m.nbytes for m in members[: members.index(tensor)])
-        return block[start : start + tensor.nbytes]
+    def _group_member(
+        self, tensor: TensorHeader, groups: dict[int, npt.NDArray[np.uint8] | str]
+    ) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor in a group, which is decoded once for all that are asked for at once."""
+        number = tensor.blocks[0]
+        group = self._groups[number]
+        if number not in groups:
+            block = np.empty(group.nbytes, np.uint8)
+            try:
+                decode_raw(self._payload(tensor, 0), block, dtypes.BY_NAME[tensor.dtype][1].itemsize, tensor.name)
+            except DamagedFileError:
+                groups[number] = tensor.name
+                raise
+            groups[number] = block
+        decoded = groups[number]
+        if isinstance(decoded, str):
+            raise DamagedFileError(
+                f"{tensor.name}: the block that it shares with {decoded} is damaged; get a whole copy, or take the "
+                f"tensors that are whole (clipq unpack --salvage)"
+            )
+        start = group.starts[tensor.name]
+        return decoded[start : start + tensor.nbytes]
 
     def _payload(self, tensor: TensorHeader, i: int) -> memoryview:
         block = self._header.blocks[tensor.blocks[i]]
@@ -219,3 +254,16 @@ class Archive(Mapping[str, Array]):
                 f"file is damaged; get a whole copy, or take the tensors that are whole (clipq unpack --salvage)"
             )
         return payload
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Small tensors in one block: its bytes once decoded, and where each of them starts."""
+
+    nbytes: int
+    starts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, members: Sequence[TensorHeader]) -> _Group:
+        ends = list(itertools.accumulate((m.nbytes for m in members), initial=0))
+        return cls(ends[-1], {m.name: start for m, start in zip(members, ends, strict=False)})

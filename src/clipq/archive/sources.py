@@ -6,7 +6,8 @@ import io
 import mmap
 import os
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import IO, Protocol
 
 from clipq.errors import ArchiveError, DamagedFileError
@@ -38,10 +39,13 @@ class _File:
         self._file, self._name, self._lock = file, name, threading.Lock()
         try:
             self.size = file.seek(0, io.SEEK_END)
-        except (OSError, AttributeError) as error:
+            binary = isinstance(file.read(0), bytes)
+        except (OSError, ValueError, AttributeError) as error:
             raise ArchiveError(
-                f"{name} cannot be read from any place in it (seek); read it into memory first"
+                f"{name} cannot be read from any place in it (seek): {error}; read it into memory first"
             ) from error
+        if not binary:
+            raise ArchiveError(f"{name} is open as text; open it with mode 'rb'")
 
     def read(self, offset: int, n: int) -> memoryview:
         parts: list[bytes] = []
@@ -52,11 +56,47 @@ class _File:
                 while left and (part := self._file.read(left)):
                     parts.append(part)
                     left -= len(part)
-        except OSError as error:
-            raise ArchiveError(f"{self._name} cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ArchiveError(f"{self._name} cannot be read: {error}; open it, or get a copy, again") from error
         if left:
-            raise DamagedFileError(f"{self._name} became shorter while it was read; get a whole copy of it")
+            raise _shorter(self._name)
         return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+
+
+class _Remote:
+    """A file of an fsspec filesystem: each read is one request, for no more than its range."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._whole: _Memory | None = None
+        with self._as_archive_errors():
+            from fsspec.core import url_to_fs  # only here: it takes longer to import than a small file to read
+
+            self._filesystem, self._path = url_to_fs(url)
+            size = self._filesystem.info(self._path)["size"]
+        if size is None:
+            raise ArchiveError(f"{url}: the server does not say how large it is; download it first")
+        self.size = int(size)
+
+    def read(self, offset: int, n: int) -> memoryview:
+        if self._whole is None and n:
+            with self._as_archive_errors():
+                data = self._filesystem.cat_file(self._path, start=offset, end=offset + n)
+            if len(data) == n:
+                return memoryview(data)
+            if len(data) != self.size:
+                raise _shorter(self._url)
+            self._whole = _Memory(memoryview(data))  # a server that knows no ranges: once is enough
+        return self._whole.read(offset, n) if self._whole else memoryview(b"")
+
+    @contextmanager
+    def _as_archive_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each filesystem has its own
+            raise ArchiveError(
+                f"{self._url} cannot be read: {type(error).__name__}: {error}; check the address and your access"
+            ) from error
 
 
 def open_source(source: Source, stack: ExitStack) -> Input:
@@ -66,17 +106,22 @@ def open_source(source: Source, stack: ExitStack) -> Input:
         ArchiveError: it cannot be opened.
     """
     if isinstance(source, bytes | bytearray | memoryview | mmap.mmap):
-        return _Memory(stack.enter_context(memoryview(source).cast("B")))
+        try:
+            return _Memory(stack.enter_context(memoryview(source).cast("B")))
+        except (ValueError, TypeError) as error:
+            raise ArchiveError(f"the {type(source).__name__} cannot be read: {error}; give an open one") from error
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
+        if "://" in name:
+            return _Remote(name)
         try:
-            if "://" in name:
-                import fsspec  # only here: it takes longer to import than a small file to read
-
-                return _File(stack.enter_context(fsspec.open(name, "rb")), name)
             return _File(stack.enter_context(open(name, "rb")), name)
-        except (OSError, ImportError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise ArchiveError(f"{name} cannot be opened: {error}; check the path and that it may be read") from error
     if hasattr(source, "seek") and hasattr(source, "read"):
         return _File(source, str(getattr(source, "name", "the open file")))
     raise ArchiveError(f"a {type(source).__name__} is no source; give a path, URL, bytes or an open binary file")
+
+
+def _shorter(name: str) -> DamagedFileError:
+    return DamagedFileError(f"{name} became shorter while it was read; get a whole copy of it")

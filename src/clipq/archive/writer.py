@@ -16,7 +16,15 @@ import numpy.typing as npt
 
 from clipq.archive import dtypes, tiles
 from clipq.archive.codes import encode_codebook, find_codes
-from clipq.archive.container import MAX_GROUP_BYTES, Kind, Planned, TensorHeader, encode_header, group_order
+from clipq.archive.container import (
+    MAX_BLOCK_BYTES,
+    MAX_GROUP_BYTES,
+    Kind,
+    Planned,
+    TensorHeader,
+    encode_header,
+    group_order,
+)
 from clipq.archive.raw import block_step, encode_raw
 from clipq.archive.wire import Sink
 from clipq.errors import ArchiveError
@@ -159,7 +167,10 @@ def _encode_codes(array: Array, name: str, effort: Effort, pool: ThreadPoolExecu
         return tiles.encode_tile(codebook, ordered[tile], array.shape, scan)
 
     payloads = list(pool.map(encode, tiles.tiles(array.shape, scan.swapped)))
-    return _Stored("codes", [bytes(start.data) + payloads[0], *payloads[1:]], scan.swapped)
+    payloads[0] = bytes(start.data) + payloads[0]
+    if max(map(len, payloads)) > MAX_BLOCK_BYTES:  # only what is made to mislead the model
+        return None
+    return _Stored("codes", payloads, scan.swapped)
 
 
 def _encode_group(arrays: Sequence[Array], effort: Effort) -> bytes:

@@ -9,6 +9,7 @@ import typer
 from clipq.cli.common import ExitCode, errors
 from clipq.cli.compress import COMMAND as COMPRESS
 from clipq.cli.demo import demo
+from clipq.cli.diff import diff
 from clipq.cli.evaluate import evaluate
 from clipq.cli.inspect import inspect, verify
 from clipq.cli.pack import pack, unpack
@@ -27,6 +28,7 @@ app.command("evaluate")(evaluate)
 app.command("demo")(demo)
 app.command("pack")(pack)
 app.command("unpack")(unpack)
+app.command("diff")(diff)
 app.command("inspect")(inspect)
 app.command("verify")(verify)
 

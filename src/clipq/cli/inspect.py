@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipq.cli.common import ExitCode, console, errors, print_json
+from clipq.cli.common import ExitCode, Limit, console, errors, print_json
 
 if TYPE_CHECKING:
     from clipq.files import FileReport
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A .clipq file.", show_default=False)],
+    limit: Limit = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show every tensor of a file: shape, p, b, density, levels, bytes, share; and the totals.
@@ -25,7 +26,7 @@ def inspect(
     from clipq.archive import Archive
     from clipq.files import report
 
-    with Archive(file) as archive:
+    with Archive(file, limit=limit) as archive:
         found = report(archive, archive.read())
     if json:
         print_json(as_dict(found))
@@ -35,6 +36,7 @@ def inspect(
 
 def verify(
     file: Annotated[Path, typer.Argument(help="A .clipq file.", show_default=False)],
+    limit: Limit = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Check a file whole: structure, checksums, every tensor decoded.
@@ -45,7 +47,7 @@ def verify(
     """
     from clipq.archive import Archive
 
-    with Archive(file) as archive:
+    with Archive(file, limit=limit) as archive:
         whole, damaged = archive.salvage()
     if json:
         print_json({"whole": list(whole), "damaged": {name: str(error) for name, error in damaged.items()}})

@@ -16,7 +16,7 @@ from torch import nn
 from clipq.archive import write_file
 from clipq.data import Data, load_data
 from clipq.errors import RecipeError, TrainingError
-from clipq.files import save
+from clipq.files import round_rest, save
 from clipq.finetune.loop import fit
 from clipq.finetune.network import find_weights, load_weights, make_network
 from clipq.finetune.run import RunFolder
@@ -25,7 +25,7 @@ from clipq.finetune.search import search_recipe, target_of
 from clipq.finetune.watch import EpochRecord, Watcher
 from clipq.plan import Plan
 from clipq.recipe import Recipe
-from clipq.report.run import RunReport, to_markdown
+from clipq.report.run import ExactRest, RunReport, to_markdown
 from clipq.search.settings import Silent as SilentSearch
 from clipq.search.settings import Watcher as SearchWatcher
 
@@ -86,6 +86,12 @@ def compress(
     run.save_plan(plan)
     after = evaluate(network, data, recipe, fabric.device)
     saved = save(network, run.model, plan=plan)
+    exact = None
+    if recipe.bfloat16_rest:  # before what is reported is measured: the file holds what was evaluated
+        exact = ExactRest(after, saved.bytes)
+        network.load_state_dict(round_rest(network.state_dict(), plan))
+        after = evaluate(network, data, recipe, fabric.device)
+        saved = save(network, run.model, plan=plan)
     reloaded = _evaluate_in_a_fresh_process(run, recipe)
     if reloaded != after:
         raise TrainingError(
@@ -93,7 +99,16 @@ def compress(
             f"file is kept, but do not trust it"
         )
     report = RunReport.of(
-        recipe, plan, network, saved, part=part, before=before, after=after, reloaded=reloaded, epochs=recorder.records
+        recipe,
+        plan,
+        network,
+        saved,
+        part=part,
+        before=before,
+        after=after,
+        reloaded=reloaded,
+        epochs=recorder.records,
+        exact=exact,
     )
     write_file(run.report, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
     write_file(run.report_page, to_markdown(report).encode())

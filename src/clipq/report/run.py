@@ -23,6 +23,14 @@ from clipq.report.tables import TENSOR_COLUMNS, markdown, table, tensor_rows
 
 
 @dataclass(frozen=True)
+class ExactRest:
+    """What came out before biases and norms were rounded to bfloat16."""
+
+    score: Score
+    bytes: int
+
+
+@dataclass(frozen=True)
 class RunReport:
     """A compression run: accuracies, bytes on disk, every tensor, every epoch.
 
@@ -32,6 +40,7 @@ class RunReport:
         reloaded: measured by a fresh process that loaded the file; equal to ``after``.
         file: the compressed file and every tensor in it.
         left_out: why a tensor was not compressed, by name.
+        exact: if the recipe rounds biases and norms to bfloat16, what came out without that.
     """
 
     recipe: Recipe
@@ -42,6 +51,7 @@ class RunReport:
     file: FileReport
     left_out: dict[str, str]
     epochs: tuple[EpochRecord, ...]
+    exact: ExactRest | None = None
 
     @classmethod
     def of(
@@ -56,8 +66,9 @@ class RunReport:
         after: Score,
         reloaded: Score,
         epochs: Sequence[EpochRecord],
+        exact: ExactRest | None = None,
     ) -> RunReport:
-        return cls(recipe, part, before, after, reloaded, file, plan.left_out(network), tuple(epochs))
+        return cls(recipe, part, before, after, reloaded, file, plan.left_out(network), tuple(epochs), exact)
 
     @property
     def ratio(self) -> float:
@@ -80,6 +91,7 @@ class RunReport:
                 "reloaded": dataclasses.asdict(self.reloaded),
             },
             "bytes": {"float32": self.file.float32_bytes, "file": self.file.bytes, "ratio": self.ratio},
+            "exact_rest": self.exact and {"accuracy": self.exact.score.accuracy, **dataclasses.asdict(self.exact)},
             "tensors": [dataclasses.asdict(t) | {"left_out": self.left_out.get(t.name)} for t in self.file.tensors],
             "epochs": [dataclasses.asdict(e) for e in self.epochs],
             "versions": {"clipq": version("clipq"), "torch": torch.__version__, "python": platform.python_version()},
@@ -117,8 +129,18 @@ def to_markdown(report: RunReport) -> str:
 
 def _summary_rows(report: RunReport) -> list[tuple[str, ...]]:
     file = report.file
+    rounded = [
+        (
+            "with exact biases and norms",
+            f"{exact.score.accuracy:.2f} %",
+            f"{exact.bytes:,}",
+            f"{file.float32_bytes / exact.bytes:.1f}×",
+        )
+        for exact in ([report.exact] if report.exact else [])
+    ]
     return [
         ("float32", f"{report.before.accuracy:.2f} %", f"{file.float32_bytes:,}", "1×"),
+        *rounded,
         ("compressed", f"{report.after.accuracy:.2f} %", f"{file.bytes:,}", f"{report.ratio:.1f}×"),
         ("the file, reloaded", f"{report.reloaded.accuracy:.2f} %", "", ""),
     ]
