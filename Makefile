@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs fuzz clean
+.PHONY: demo test lint docs fuzz gpu-check clean
 
 demo: $(READY)
 	$(BIN)/clipq demo
@@ -26,6 +26,11 @@ FUZZ_SECONDS ?= 60
 fuzz: $(READY)
 	$(BIN)/python -m pip install --quiet atheris
 	$(BIN)/python fuzz/read_file.py fuzz/corpus -max_total_time=$(FUZZ_SECONDS)
+
+GPU_PYTHON ?= python3
+
+gpu-check:
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py --tests
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
