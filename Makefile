@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs fuzz clean
+.PHONY: demo test lint docs fuzz gpu-check clean
 
 demo: $(READY)
 	$(BIN)/clipq demo
@@ -27,6 +27,11 @@ FUZZ_CORPUS ?= fuzz/corpus
 fuzz: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt atheris
 	$(BIN)/python fuzz/read_file.py $(FUZZ_CORPUS) fuzz/corpus -max_total_time=$(FUZZ_SECONDS)
+
+GPU_PYTHON ?= python3
+
+gpu-check:
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py --tests
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from clipq.errors import AttachError, PlanError
-from clipq.operator import Quantizer, QuantizerEntry, clip_quantize
+from clipq.operator import Quantizer, QuantizerEntry
 from clipq.plan import Plan, TensorPlan
 
 STATE_KEY = "clipq"
@@ -113,7 +113,7 @@ class Attachment:
             state.replan(plan)
         for entry in self._frozen:
             entry.restore()
-            entry.tensor = plan.tensors[entry.name]
+            entry.plan(plan.tensors[entry.name])
             entry.quantize_once()
         self.plan = plan
 
@@ -121,10 +121,15 @@ class Attachment:
         """Give the plain optimizers back; the model keeps its quantized weights, the full-precision ones are dropped.
 
         Detaching twice is harmless.
+
+        Raises:
+            WeightError: the last steps on a GPU left NaN or Inf in a weight; all is detached even so.
         """
         _guard.remove([*(e for state in self._optimizers for e in state.entries), *self._frozen])
         for state in self._optimizers:
             state.detach(keep_quantized=True)
+        for state in self._optimizers:
+            state.check()
 
 
 class _Entry:
@@ -133,21 +138,22 @@ class _Entry:
     def __init__(self, name: str, parameter: nn.Parameter, tensor: TensorPlan) -> None:
         self.name = name
         self.parameter = parameter
-        self.tensor = tensor
+        self.plan(tensor)
         self.full: Tensor | None = None
         self.version = -1
 
+    def plan(self, tensor: TensorPlan) -> None:
+        self.tensor = tensor
+        self.quantizer = Quantizer([QuantizerEntry(self.name, tensor.pruning_rate, tensor.bits)])
+
     def quantize_once(self) -> None:
-        quantized = self.quantized_from(self.parameter.detach())
         self.full = self.parameter.detach().clone()
-        self.parameter.detach().copy_(quantized)
+        self.quantizer([self.full], [self.parameter.detach()])
+        self.quantizer.check()
 
     def restore(self) -> None:
         if self.full is not None:
             self.parameter.detach().copy_(self.full)
-
-    def quantized_from(self, weight: Tensor) -> Tensor:
-        return clip_quantize(weight, self.tensor.pruning_rate, self.tensor.bits, name=self.name).quantized
 
     def follow_the_user(self) -> None:
         """Take over what the user did to the parameter since the last step: moved it, or wrote new weights."""
@@ -163,7 +169,9 @@ class _Entry:
             self.full = full = full.to(parameter.device)
         if self.parameter._version != self.version:
             # Most writes put back what was there (weights swapped for an average and back): those change nothing.
-            written = parameter != self.quantized_from(full)
+            was = full.clone()
+            self.quantizer([full], [was])
+            written = parameter != was
             full.copy_(torch.where(written, parameter, full))
 
 
@@ -179,6 +187,7 @@ class _AttachedOptimizer:
         self._handles: list[RemovableHandle] = []
         try:
             self._quantize()
+            self.check()
         except BaseException:
             self._show_full_precision()
             raise
@@ -207,12 +216,17 @@ class _AttachedOptimizer:
         with torch.no_grad():
             for entry in self.entries:
                 entry.follow_the_user()
-                entry.tensor = plan.tensors[entry.name]
+                entry.plan(plan.tensors[entry.name])
+        self.check()
         self._quantizer = self._new_quantizer()
         self._quantize()
 
     def _new_quantizer(self) -> Quantizer:
         return Quantizer([QuantizerEntry(e.name, e.tensor.pruning_rate, e.tensor.bits) for e in self.entries])
+
+    def check(self) -> None:
+        """Raise `WeightError` if a weight had NaN or Inf in a step on a GPU; this waits for the device."""
+        self._quantizer.check()
 
     @torch.no_grad()
     def _quantize(self) -> None:
@@ -268,6 +282,7 @@ class _AttachedOptimizer:
         return run
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self.check()
         state_dict[STATE_KEY] = {
             "version": 1,
             "plan": {e.name: dataclasses.asdict(e.tensor) for e in self.entries},
@@ -302,6 +317,7 @@ class _AttachedOptimizer:
         for entry in self.entries:
             _full(entry).copy_(state["weights"][entry.name])
         self._quantize()
+        self.check()
 
 
 class _Guard:

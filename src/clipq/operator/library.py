@@ -30,7 +30,9 @@ def quantize(weight: Tensor, pruning_rate: float, bits: int) -> Tensor:
         WeightError: the tensor has NaN or Inf or another dtype, or pruning_rate or bits is out of range.
     """
     out = torch.empty_like(weight)
-    Quantizer([QuantizerEntry("weight", pruning_rate, bits)])([weight], [out])
+    quantizer = Quantizer([QuantizerEntry("weight", pruning_rate, bits)])
+    quantizer([weight], [out])
+    quantizer.check()  # there is no later call that could tell of NaN or Inf
     return out
 
 

@@ -86,7 +86,9 @@ def thetas_of(groups: Sequence[Group], plan: Plan) -> tuple[Theta, ...]:
 
 def quantize_group(group: Group, theta: Theta, weights: Mapping[str, Tensor], out: Mapping[str, Tensor]) -> None:
     """Write the quantized form of the group's weights to its tensors in ``out``."""
-    Quantizer(group.entries(theta))([weights[n] for n in group.tensors], [out[n] for n in group.tensors])
+    quantizer = Quantizer(group.entries(theta))
+    quantizer([weights[n] for n in group.tensors], [out[n] for n in group.tensors])
+    quantizer.check()
 
 
 def _group(name: str, tensors: list[str], parameters: Mapping[str, Tensor]) -> Group:
