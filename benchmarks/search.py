@@ -7,8 +7,8 @@ then fine-tuned as the recipe says, with the file held at the size. Shown are th
 and after fine-tuning. The ways see training and validation data only.
 
 - default: `clipq search`.
-- layerwise: the paper's search, with as many evaluations. Its λ is the first of a geometric series whose plan is no larger than the file; what
-  room is left is filled by keeping more weights in every tensor alike.
+- layerwise: the paper's search, with as many evaluations. Its λ is the first of a geometric series whose plan is no
+  larger than the file; what room is left is filled by keeping more weights in every tensor alike.
 - random: as many plans of the size as the default evaluates, drawn at random; the one of least loss.
 - uniform: the same p in every weight tensor, at 2 and 3 bits; the best on the validation set after fine-tuning.
 - magnitude: the smallest weights of the whole network pruned; bit width as for uniform.

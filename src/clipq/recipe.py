@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from clipq.errors import RecipeError
 from clipq.validation import explain
 
+WHERE_IT_RUNS = ("data_root", "workers", "device", "search_memory")
+"""Fields on which nothing that is found depends."""
+
 
 class Override(BaseModel):
     """What to change in the plan for the tensors that a glob matches."""

@@ -13,6 +13,7 @@ from clipq.cli.diff import diff
 from clipq.cli.evaluate import evaluate
 from clipq.cli.inspect import inspect, verify
 from clipq.cli.pack import pack, unpack
+from clipq.cli.search import COMMAND as SEARCH
 from clipq.errors import ClipqError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 app.command("compress", no_args_is_help=True)(COMPRESS)
+app.command("search", no_args_is_help=True)(SEARCH)
 app.command("evaluate")(evaluate)
 app.command("demo")(demo)
 app.command("pack")(pack)

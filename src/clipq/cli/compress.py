@@ -39,7 +39,7 @@ def compress(
     made = recipe_of(recipe, fields)
     folder = out or Path("runs") / (made.model.rpartition(":")[2] if recipe is None else recipe.stem)
     with Progress(quiet=json) as progress:
-        report = run(made, folder, progress, force=force)
+        report = run(made, folder, progress, progress, force=force)
     if json:
         print_json(report.to_dict())
     else:

@@ -21,11 +21,11 @@ from clipq.finetune.loop import fit
 from clipq.finetune.network import find_weights, load_weights, make_network
 from clipq.finetune.run import RunFolder
 from clipq.finetune.score import Score, score
-from clipq.finetune.search import search_recipe, target_of
+from clipq.finetune.search import search_recipe, target_of, validation_error
 from clipq.finetune.watch import EpochRecord, Watcher
 from clipq.plan import Plan
 from clipq.recipe import Recipe
-from clipq.report.run import ExactRest, RunReport, to_markdown
+from clipq.report.run import Aim, ExactRest, RunReport, to_markdown
 from clipq.search.settings import Silent as SilentSearch
 from clipq.search.settings import Watcher as SearchWatcher
 
@@ -43,40 +43,31 @@ def compress(
 
     Args:
         searching: is told of the progress of the search, if there is one.
-        force: replace an earlier run in the folder.
+        force: replace an earlier run in the folder. A folder with nothing but the search of the same recipe, finished
+            or not, is gone on with.
 
     Raises:
         ClipqError: the recipe, its model, weights, data or plan cannot be used, or training cannot go on.
     """
-    fabric = make_fabric(recipe)
-    network = make_network(recipe)
-    weights = None if recipe.weights is None else find_weights(recipe)
-    if weights is not None:
-        load_weights(network, weights)
-    data = load_data(
-        recipe.data,
-        recipe.data_root,
-        recipe.seed,
-        validation_fraction=recipe.validation_fraction,
-        workers=recipe.workers,
-    )
-    network = network.to(fabric.device)
-    data = data.for_outputs(number_of_outputs(network, data, recipe, fabric.device))
+    fabric, network, data = prepare(recipe)
     target = target_of(recipe)
     plan = None if target is not None else make_plan(network, recipe)
-    run = RunFolder.create(out, recipe, force=force)
+    run = RunFolder.create(out, recipe, force=force, go_on=target is not None)
     if plan is not None:
         run.save_plan(plan)
     recorder = _Recorder(run, watcher)
     part = "validation" if data.test is None else "test"
 
-    if weights is None:
+    if recipe.weights is None and run.weights.exists():
+        load_weights(network, run.weights)
+    elif recipe.weights is None:
         _fit(fabric, network, data, recipe, None, run, recorder)
     before = evaluate(network, data, recipe, fabric.device)
     watcher.note(f"before: {before.accuracy:.2f} % ({part})")
 
-    hold_bytes = None
+    found, hold_bytes, float_error = None, None, 0.0
     if target is not None:
+        float_error = validation_error(data, recipe, fabric.device)(network)
         found = search_recipe(fabric, network, data, recipe, target, str(run.study), searching or SilentSearch())
         run.save_search(found)
         plan, hold_bytes = found.plan, target.file_bytes(found.float32_bytes) or found.bytes
@@ -84,6 +75,11 @@ def compress(
     plan = _fit(fabric, network, data, recipe, plan, run, recorder, hold_bytes)
     assert plan is not None
     run.save_plan(plan)
+    aim = None
+    if found is not None:
+        assert hold_bytes is not None
+        drop = 100 - recorder.records[-1].validation_accuracy - float_error
+        aim = Aim(found.target, hold_bytes, drop if "max_drop" in found.target else None)
     after = evaluate(network, data, recipe, fabric.device)
     saved = save(network, run.model, plan=plan)
     exact = None
@@ -109,10 +105,32 @@ def compress(
         reloaded=reloaded,
         epochs=recorder.records,
         exact=exact,
+        aim=aim,
     )
     write_file(run.report, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
     write_file(run.report_page, to_markdown(report).encode())
     return report
+
+
+def prepare(recipe: Recipe) -> tuple[lightning_fabric.Fabric, nn.Module, Data]:
+    """The recipe's device, its network there, with its weights if it names any, and its data.
+
+    Raises:
+        ClipqError: one of them cannot be used.
+    """
+    fabric = make_fabric(recipe)
+    network = make_network(recipe)
+    if recipe.weights is not None:
+        load_weights(network, find_weights(recipe))
+    data = load_data(
+        recipe.data,
+        recipe.data_root,
+        recipe.seed,
+        validation_fraction=recipe.validation_fraction,
+        workers=recipe.workers,
+    )
+    network = network.to(fabric.device)
+    return fabric, network, data.for_outputs(number_of_outputs(network, data, recipe, fabric.device))
 
 
 def evaluate(network: nn.Module, data: Data, recipe: Recipe, device: torch.device) -> Score:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from clipq.archive import write_file
 from clipq.errors import RecipeError
 from clipq.finetune.watch import EpochRecord
 from clipq.plan import Plan
-from clipq.recipe import Recipe
+from clipq.recipe import WHERE_IT_RUNS, Recipe
+from clipq.report.search import to_page
 from clipq.search import SearchRecord
 
 
@@ -25,6 +31,7 @@ class RunFolder:
     plan.json       what is compressed, and how
     search.journal  the evaluations of the search for the plan, if there was one
     search.json, search.html    what the search found
+    weights.safetensors     the float network, if `clipq search` trained it
     metrics.jsonl   one line an epoch
     checkpoint.pt   the state of the training after the last whole epoch
     model.clipq     the compressed network
@@ -38,6 +45,7 @@ class RunFolder:
         self.study = path / "search.journal"
         self.search = path / "search.json"
         self.search_page = path / "search.html"
+        self.weights = path / "weights.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.checkpoint = path / "checkpoint.pt"
         self.model = path / "model.clipq"
@@ -45,24 +53,29 @@ class RunFolder:
         self.report_page = path / "report.md"
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, *, force: bool = False) -> RunFolder:
+    def create(cls, path: Path, recipe: Recipe, *, force: bool = False, go_on: bool = False) -> RunFolder:
         """Make the folder and put the recipe in.
 
         Args:
             force: clear the files of an earlier run there.
+            go_on: accept a folder with the search of the same recipe, finished or not.
 
         Raises:
-            RecipeError: the folder holds a run already, or cannot be written to.
+            RecipeError: the folder holds another run, or cannot be written to.
         """
         run = cls(path)
-        searched = (run.study, run.search, run.search_page)
-        files = (run.recipe, run.plan, *searched, run.metrics, run.checkpoint, run.model, run.report, run.report_page)
-        present = [file for file in files if file.exists()]
+        searched = (run.recipe, run.plan, run.study, run.search, run.search_page, run.weights)
+        compressed = (run.metrics, run.checkpoint, run.model, run.report, run.report_page)
+        present = [file for file in (*searched, *compressed) if file.exists()]
         if present and not force:
-            raise RecipeError(
-                f"{path}: holds a run already ({present[0].name}, …); give another folder with --out, or --force to "
-                f"replace it"
-            )
+            compresses = any(file in present for file in compressed)
+            if not go_on or compresses or not run.recipe.exists():
+                raise RecipeError(
+                    f"{path}: holds a run already ({present[0].name}, …); give another folder with --out, or --force "
+                    f"to replace it"
+                )
+            _check_same(run.recipe, recipe)
+            return run
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in present:
@@ -79,6 +92,17 @@ class RunFolder:
 
     def save_search(self, found: SearchRecord) -> None:
         write_file(self.search, found.to_json().encode())
+        write_file(self.search_page, to_page(found).encode())
+
+    def save_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Keep the float network, unless another process was faster."""
+        own = self.path / f".{self.weights.name}.{os.getpid()}.part"
+        try:
+            write_file(own, safetensors.torch.save({name: tensor.cpu().clone() for name, tensor in state.items()}))
+            with contextlib.suppress(FileExistsError):
+                os.link(own, self.weights)
+        finally:
+            own.unlink(missing_ok=True)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()
@@ -88,3 +112,14 @@ class RunFolder:
     def add_metrics(self, record: EpochRecord) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def _check_same(path: Path, recipe: Recipe) -> None:
+    """Raise `RecipeError` if a folder's recipe is another one, but for where and how fast it runs."""
+    there, here = (r.model_dump(mode="json", exclude=set(WHERE_IT_RUNS)) for r in (Recipe.load(path), recipe))
+    differing = [f"{name} ({there[name]} there, {here[name]} here)" for name in here if there[name] != here[name]]
+    if differing:
+        raise RecipeError(
+            f"{path.parent}: holds a search that was made for something else: {', '.join(differing)}. Go on with what "
+            f"it was started with, give another folder with --out, or --force to replace it"
+        )

@@ -27,6 +27,10 @@ from clipq.search.settings import Watcher
 from clipq.search.target import parse_bytes
 
 _ADJUSTMENTS = 3  # of the size, while a candidate is fine-tuned
+_EVALUATIONS_DEPEND_ON = (
+    *("data", "validation_fraction", "search_samples", "search_steps", "batch_size", "optimizer", "learning_rate"),
+    *("momentum", "weight_decay", "schedule", "warmup_epochs", "precision"),
+)
 DEFAULT_MAX_DROP = 0.5
 """Points of top-1 accuracy: what is asked of a search where the recipe asks for nothing."""
 
@@ -75,6 +79,7 @@ def search_recipe(
         include=recipe.include,
         exclude=recipe.exclude,
         storage=storage,
+        depends=recipe.model_dump(mode="json", include=set(_EVALUATIONS_DEPEND_ON)),
         watcher=watcher,
     )
 
@@ -128,7 +133,7 @@ def _summed(batches: list[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor
     return evaluate
 
 
-def validation_error(data: Data, recipe: Recipe, device: torch.device) -> Evaluate:
+def validation_error(data: Data, recipe: Recipe, device: torch.device) -> Callable[[nn.Module], float]:
     """The top-1 error (per cent) on the validation set."""
 
     def evaluate(network: nn.Module) -> float:

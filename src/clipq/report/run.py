@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -31,6 +31,26 @@ class ExactRest:
 
 
 @dataclass(frozen=True)
+class Aim:
+    """What the plan of a run was searched for.
+
+    Attributes:
+        target: as it was given.
+        bytes: the most that the file may have: of the target, or what the search found to meet it.
+        drop: points of validation accuracy lost, if the target is a drop.
+    """
+
+    target: Mapping[str, float | int | str]
+    bytes: int
+    drop: float | None = None
+
+    def met_by(self, file_bytes: int) -> bool:
+        """Whether a file, and the network in it, is what was asked for."""
+        (_, wanted), *_ = self.target.items()
+        return file_bytes <= self.bytes and (self.drop is None or self.drop <= float(wanted))
+
+
+@dataclass(frozen=True)
 class RunReport:
     """A compression run: accuracies, bytes on disk, every tensor, every epoch.
 
@@ -41,6 +61,7 @@ class RunReport:
         file: the compressed file and every tensor in it.
         left_out: why a tensor was not compressed, by name.
         exact: if the recipe rounds biases and norms to bfloat16, what came out without that.
+        aim: what the plan was searched for, if it was.
     """
 
     recipe: Recipe
@@ -52,6 +73,7 @@ class RunReport:
     left_out: dict[str, str]
     epochs: tuple[EpochRecord, ...]
     exact: ExactRest | None = None
+    aim: Aim | None = None
 
     @classmethod
     def of(
@@ -67,8 +89,9 @@ class RunReport:
         reloaded: Score,
         epochs: Sequence[EpochRecord],
         exact: ExactRest | None = None,
+        aim: Aim | None = None,
     ) -> RunReport:
-        return cls(recipe, part, before, after, reloaded, file, plan.left_out(network), tuple(epochs), exact)
+        return cls(recipe, part, before, after, reloaded, file, plan.left_out(network), tuple(epochs), exact, aim)
 
     @property
     def ratio(self) -> float:
@@ -92,6 +115,9 @@ class RunReport:
             },
             "bytes": {"float32": self.file.float32_bytes, "file": self.file.bytes, "ratio": self.ratio},
             "exact_rest": self.exact and {"accuracy": self.exact.score.accuracy, **dataclasses.asdict(self.exact)},
+            "search": None
+            if self.aim is None
+            else dataclasses.asdict(self.aim) | {"met": self.aim.met_by(self.file.bytes)},
             "tensors": [dataclasses.asdict(t) | {"left_out": self.left_out.get(t.name)} for t in self.file.tensors],
             "epochs": [dataclasses.asdict(e) for e in self.epochs],
             "versions": {"clipq": version("clipq"), "torch": torch.__version__, "python": platform.python_version()},
@@ -107,6 +133,7 @@ def to_table(report: RunReport) -> Group:
         table("Every tensor of the file", TENSOR_COLUMNS, tensor_rows(report.file)),
         *(Text(line) for line in _left_out_lines(report)),
         table(f"{report.recipe.model} on {report.recipe.data}", _SUMMARY, _summary_rows(report)),
+        *([] if report.aim is None else [Text(aim_line(report.aim, report.file.bytes))]),
     )
 
 
@@ -118,6 +145,7 @@ def to_markdown(report: RunReport) -> str:
         f"Top-1 in per cent on the {report.part} set ({report.after.count} samples), before and after compression, and "
         f"once more from the file as loaded by a fresh process. Bytes are the file's; the ratio is against the same "
         f"network in float32.",
+        *_aim_section(report),
         "## Every tensor",
         markdown(TENSOR_COLUMNS, tensor_rows(report.file)),
         *_left_out_lines(report),
@@ -152,3 +180,24 @@ def _left_out_lines(report: RunReport) -> list[str]:
     for name, reason in report.left_out.items():
         reasons.setdefault(reason, []).append(name)
     return [f"Not compressed ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
+
+
+def aim_line(aim: Aim, file_bytes: int) -> str:
+    """What was asked for, and what came of it."""
+    (name, value), *_ = aim.target.items()
+    wanted = f"{name.replace('_', ' ')} {value}"
+    size = (
+        f"{file_bytes:,} bytes, {100 * (1 - file_bytes / aim.bytes):.2f} % below"
+        if file_bytes <= aim.bytes
+        else (f"{file_bytes:,} bytes, above")
+    )
+    lost = "" if aim.drop is None else f", and {aim.drop:.2f} points of validation accuracy are lost"
+    verdict = "The target is met" if aim.met_by(file_bytes) else "The target is not met"
+    return f"{verdict}: {wanted}, a file of at most {aim.bytes:,} bytes. The file has {size}{lost}."
+
+
+def _aim_section(report: RunReport) -> list[str]:
+    if report.aim is None:
+        return []
+    line = aim_line(report.aim, report.file.bytes)
+    return ["## The target", f"{line} How the plan was found is in [search.html](search.html)."]

@@ -7,7 +7,7 @@ import math
 import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from clipq.search.context import Context, gp_sampler
+from clipq.search.context import Context, gp_sampler, value_of
 from clipq.search.groups import Theta
 from clipq.search.record import Evaluation
 from clipq.search.sizes import pruning_rate_of
@@ -38,7 +38,14 @@ def search_layerwise(context: Context, trade_off: float) -> tuple[Theta, ...]:
         for trial in trials:
             theta = Theta(pruning_rate_of(trial.params["sparsity"]), trial.params["bits"])
             context.evaluations.append(
-                Evaluation("layerwise", trial.user_attrs["cost"], group.name, theta.pruning_rate, theta.bits)
+                Evaluation(
+                    "layerwise",
+                    trial.user_attrs["cost"],
+                    group.name,
+                    theta.pruning_rate,
+                    theta.bits,
+                    objective=value_of(trial),
+                )
             )
         winner = min(trials, key=lambda trial: (trial.value, trial.user_attrs["slot"]))
         chosen[i] = Theta(pruning_rate_of(winner.params["sparsity"]), winner.params["bits"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clipq.plan import Plan
+from clipq.search.target import Target
 
 Method = Literal["default", "layerwise"]
 
@@ -24,6 +25,7 @@ class Evaluation:
         cost: what ``evaluate`` gave.
         bytes: of the whole file, if it was encoded.
         name: of the plan, if it was one of a few.
+        objective: what the search minimised, if that is not the cost: ε - λc of the paper.
     """
 
     stage: str
@@ -33,6 +35,7 @@ class Evaluation:
     bits: int | None = None
     bytes: float | None = None
     name: str | None = None
+    objective: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ class CurvePoint:
     bytes: float
     predicted: float
     measured: float | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One group at one bit width: what it adds alone to the cost at each pruning rate, predicted."""
+
+    group: str
+    bits: int
+    pruning_rates: tuple[float, ...]
+    costs: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ class SearchRecord:
         drop: how much worse than the full-precision model ``validate`` finds the plan, if it was asked.
         interaction: how the cost of whole plans follows the sum of their groups' alone: log(whole) is about
             ``interaction[0] + interaction[1] * log(sum)``.
+        sensitivity: the groups' error surfaces, where the method has them.
+        recovered: whether whole plans were evaluated after a few steps of fine-tuning.
     """
 
     method: Method
@@ -90,12 +105,24 @@ class SearchRecord:
     evaluations: tuple[Evaluation, ...]
     curve: tuple[CurvePoint, ...] = ()
     interaction: tuple[float, float] | None = None
+    sensitivity: tuple[Sensitivity, ...] = ()
+    recovered: bool = False
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         value = dataclasses.asdict(self) | {"plan": json.loads(self.plan.to_json())}
         return json.dumps(value, indent=2) + "\n"
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the model as float32 over bytes of the plan's file."""
+        return self.float32_bytes / self.bytes
+
+    @property
+    def target_bytes(self) -> int | None:
+        """The most bytes of the file, if that, or a ratio, is the target."""
+        return Target(**self.target).file_bytes(self.float32_bytes)
 
     @classmethod
     def from_json(cls, text: str) -> SearchRecord:
@@ -104,6 +131,9 @@ class SearchRecord:
         value["groups"] = tuple(GroupRecord(**g) for g in value["groups"])
         value["evaluations"] = tuple(Evaluation(**e) for e in value["evaluations"])
         value["curve"] = tuple(CurvePoint(**p) for p in value["curve"])
+        value["sensitivity"] = tuple(
+            Sensitivity(**s | {k: tuple(s[k]) for k in ("pruning_rates", "costs")}) for s in value["sensitivity"]
+        )
         value["notes"] = tuple(value["notes"])
         value["interaction"] = tuple(value["interaction"]) if value["interaction"] else None
         return cls(**value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -27,13 +27,21 @@ def run_search(
     exclude: Iterable[str] = (),
     storage: str | None = None,
     name: str = "clipq",
+    depends: Mapping[str, object] | None = None,
     watcher: Watcher | None = None,
 ) -> SearchRecord:
-    """Search a plan, as `clipq.search` does, and give everything that was found on the way."""
+    """Search a plan, as `clipq.search` does, and give everything that was found on the way.
+
+    Args:
+        name: of the search in the storage.
+        depends: what else the evaluations depend on, in a few words each; processes that share a storage must agree.
+        watcher: is told of the progress.
+    """
     # Here and not above: these import Optuna, SciPy and scikit-learn, which takes a while.
     from clipq.search.context import Context, fingerprint, group_records, value_of
     from clipq.search.layerwise import search_layerwise
     from clipq.search.predict import predict
+    from clipq.search.sensitivity import sensitivities
     from clipq.search.sizes import measure_sizes
     from clipq.search.study import Worker, open_storage
 
@@ -46,6 +54,7 @@ def run_search(
     groups = groups_of(model, include, exclude)
     evaluator = Evaluator(model, evaluate, settings.memory)
     print_of = fingerprint(evaluator, groups, target.given(), settings)
+    print_of |= {key: str(value) for key, value in (depends or {}).items()}
     worker = Worker(open_storage(storage), name, print_of)
     watcher.stage("sizes", 0)
     context = Context(evaluator, validate, recover, groups, [], worker, settings, watcher)
@@ -81,6 +90,8 @@ def run_search(
         evaluations=tuple(context.evaluations),
         curve=() if prediction is None else prediction.curve,
         interaction=None if prediction is None else (prediction.interaction.a, prediction.interaction.b),
+        sensitivity=() if prediction is None else sensitivities(groups, prediction.surfaces),
+        recovered=recover is not None,
         notes=tuple(context.notes),
         seconds=context.seconds,
     )
