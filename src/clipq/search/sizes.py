@@ -8,7 +8,7 @@ error surfaces are built on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,6 +24,8 @@ from clipq.search.groups import Group, Theta, quantize_group
 
 SAMPLE_ROWS_ELEMENTS = 2**20
 """Of a larger tensor, rows of about so many elements stand for all of it."""
+MANY_VALUES = 2**12
+"""A tensor of fewer distinct values than that has ties, so that more weights are clipped than asked for."""
 _HEADER_BYTES = 12  # of one tensor: checksum, shape, p and b
 _SPARSITIES = (0.0, 0.12, 0.3, 0.5, 0.8, 1.1, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.6, 5.3, 6.2)
 
@@ -41,6 +43,48 @@ def pruning_rate_of(sparsity: float) -> float:
 
 
 @dataclass(frozen=True)
+class Clipped:
+    """How many weights are clipped at a pruning rate: more than asked for where weights are equal, or zero already.
+
+    Attributes:
+        size: weights in all.
+        zeros: that are zero.
+        signs: for each sign of each tensor with ties, how many weights have each magnitude or a smaller one.
+        untied: weights other than zero in tensors without ties.
+    """
+
+    size: int
+    zeros: int
+    signs: tuple[npt.NDArray[np.int64], ...]
+    untied: int
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Clipped:
+        signs, size, zeros, untied = [], 0, 0, 0
+        for tensor in tensors:
+            size += tensor.numel()
+            zeros += int((tensor == 0).sum())
+            values = tensor.detach().double().cpu().numpy().ravel()
+            if len(np.unique(values[: 4 * MANY_VALUES])) < min(MANY_VALUES, 0.9 * values.size):
+                for magnitudes in (values[values > 0], -values[values < 0]):
+                    signs.append(np.unique(magnitudes, return_counts=True)[1].cumsum())
+            else:
+                untied += int((tensor != 0).sum())
+        return cls(size, zeros, tuple(signs), untied)
+
+    def sparsities(self, asked: Floats) -> Floats:
+        """The sparsity that comes out at each sparsity that is asked for; of weights other than zero, at least one."""
+        rates = -np.expm1(-asked)
+        gone = self.zeros + rates * self.untied
+        for upto in self.signs:
+            if len(upto):
+                rank = np.floor(rates * upto[-1] + 0.5)
+                gone = gone + np.where(rank > 0, upto[np.searchsorted(upto, rank).clip(max=len(upto) - 1)], 0)
+        found: Floats = -np.log(np.maximum(1 - gone / self.size, 0.5 / self.size))
+        return found
+
+
+@dataclass(frozen=True)
 class SizeModel:
     """One group's bytes and squared quantization error, anywhere in the ranges of p and b.
 
@@ -53,6 +97,7 @@ class SizeModel:
     group: Group
     bits: tuple[int, ...]
     highest: float
+    _clipped: Clipped
     _log_bytes: Mapping[int, PchipInterpolator]
     _log_distortion: Mapping[int, PchipInterpolator]
 
@@ -62,7 +107,8 @@ class SizeModel:
 
     def bytes_at(self, sparsities: Floats, bits: int) -> Floats:
         """The same for many sparsities at one bit width."""
-        found: Floats = np.exp(self._log_bytes[bits](np.clip(sparsities, 0, self.highest)))
+        clipped = self._clipped.sparsities(np.clip(sparsities, 0, self.highest))
+        found: Floats = np.exp(self._log_bytes[bits](clipped))
         return found
 
     def distortion(self, theta: Theta) -> float:
@@ -71,7 +117,8 @@ class SizeModel:
 
     def distortion_at(self, sparsities: Floats, bits: int) -> Floats:
         """The same for many sparsities at one bit width."""
-        found: Floats = np.exp(self._log_distortion[bits](np.clip(sparsities, 0, self.highest)))
+        clipped = self._clipped.sparsities(np.clip(sparsities, 0, self.highest))
+        found: Floats = np.exp(self._log_distortion[bits](clipped))
         return found
 
 
@@ -99,6 +146,8 @@ def _measure(
     points = [s for s in _SPARSITIES if s < highest - 0.15] + [highest]
     norm = sum(float(sample.double().square().sum()) for sample in samples.values()) or 1.0
     out = {name: torch.empty_like(sample) for name, sample in samples.items()}
+    clipped = Clipped.of(samples.values())
+    reached = clipped.sparsities(np.array(points))
     log_bytes, log_distortion = {}, {}
     for b in bits:
         sizes, distortions = [], []
@@ -109,15 +158,18 @@ def _measure(
             sizes.append(scale * sum(encoded) + _HEADER_BYTES * len(group.tensors))
             error = sum(float((samples[t] - out[t]).double().square().sum()) for t in samples)
             distortions.append(max(error / norm, 1e-12))
-        log_bytes[b] = _curve(points, np.log(sizes))
-        log_distortion[b] = _curve(points, np.log(distortions))
-    return SizeModel(group, bits, highest, log_bytes, log_distortion)
+        log_bytes[b] = _curve(reached, np.log(sizes))
+        log_distortion[b] = _curve(reached, np.log(distortions))
+    return SizeModel(group, bits, highest, clipped, log_bytes, log_distortion)
 
 
-def _curve(points: Sequence[float], values: Floats) -> PchipInterpolator:
-    if len(points) == 1:
-        return PchipInterpolator([0.0, max(points[0], 1e-3)], [values[0], values[0]])
-    return PchipInterpolator(points, values)
+def _curve(points: Floats, values: Floats) -> PchipInterpolator:
+    """Through the points, of which neighbours may coincide."""
+    apart = np.flatnonzero(np.diff(points, prepend=-1.0) > 1e-6)
+    x, y = points[apart], values[apart]
+    if len(x) == 1:
+        x, y = np.array([x[0], x[0] + 1.0]), np.array([y[0], y[0]])
+    return PchipInterpolator(x, y)
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from clipq.errors import SearchError
 
@@ -30,6 +31,7 @@ PATIENCE_SECONDS = 60.0
 """A worker that was silent for so long is taken for dead; on the same machine its process is looked for instead."""
 _SLOT, _WORKER, _READY = "slot", "worker", "ready"
 _POLL_SECONDS = 0.2
+_OPENINGS = 10
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -47,17 +49,27 @@ def open_storage(where: str | None) -> BaseStorage:
     """
     if where is None:
         return InMemoryStorage()
-    try:
-        if "://" in where:
-            return RDBStorage(where, engine_kwargs={"pool_pre_ping": True} if not where.startswith("sqlite") else None)
-        return JournalStorage(JournalFileBackend(where))
-    except Exception as error:  # each database driver has errors of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise SearchError(
-            f"the search's storage {where!r} cannot be used: {type(error).__name__}: {reason}. Give the path of a "
-            f"journal file in a folder that exists, or a database URL such as sqlite:///study.db or "
-            f"postgresql://user@host/database"
-        ) from error
+    for tries_left in reversed(range(_OPENINGS)):
+        try:
+            if "://" in where:
+                return RDBStorage(where)
+            return JournalStorage(JournalFileBackend(where))
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            # Two processes that make the tables of a new database at once get in each other's way.
+            if not tries_left or ("already exists" not in str(error) and "UniqueViolation" not in str(error)):
+                raise _unreachable(where, error) from error
+            time.sleep(_POLL_SECONDS)
+        except Exception as error:  # each database driver has errors of its own
+            raise _unreachable(where, error) from error
+    raise AssertionError
+
+
+def _unreachable(where: str, error: Exception) -> SearchError:
+    reason = str(error).strip().partition("\n")[0]
+    return SearchError(
+        f"the search's storage {where!r} cannot be used: {type(error).__name__}: {reason}. Give the path of a journal "
+        f"file in a folder that exists, or a database URL such as sqlite:///study.db or postgresql://user@host/database"
+    )
 
 
 class Worker:
