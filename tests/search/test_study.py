@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,18 +113,15 @@ def test_a_study_for_something_else_is_refused(change: str, message: str, tmp_pa
 
 
 @pytest.fixture
-def postgresql(tmp_path: Path) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The URL of a new database server of our own."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not found:
         pytest.skip("no PostgreSQL server is installed")
-    binaries, folder = found[-1].parent, tmp_path / "postgresql"
-    folder.mkdir()
+    binaries, folder = found[-1].parent, Path(tempfile.mkdtemp(prefix="clipq-postgresql-"))
     user: list[str] = []
     if os.geteuid() == 0:  # the server refuses to run as root
         shutil.chown(folder, "postgres")
-        for parent in folder.parents[:3]:
-            parent.chmod(0o755)
         user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -140,6 +138,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
         yield f"postgresql+psycopg://clipq@127.0.0.1:{port}/postgres"
     finally:
         run(str(binaries / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def search_recipe(
         settings=Settings(
             method=recipe.search_method,
             evaluations=recipe.search_evaluations,
+            refinements=recipe.search_refinements,
             seed=recipe.seed,
             memory=parse_bytes(recipe.search_memory),
         ),

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import optuna
+from filelock import FileLock
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -53,7 +54,8 @@ def open_storage(where: str | None) -> BaseStorage:
         try:
             if "://" in where:
                 return RDBStorage(where)
-            return JournalStorage(JournalFileBackend(where))
+            lock: Any = _Lock(f"{where}.lock")
+            return JournalStorage(JournalFileBackend(where, lock_obj=lock))
         except (IntegrityError, ProgrammingError, OperationalError) as error:
             # Two processes that make the tables of a new database at once get in each other's way.
             if not tries_left or ("already exists" not in str(error) and "UniqueViolation" not in str(error)):
@@ -62,6 +64,20 @@ def open_storage(where: str | None) -> BaseStorage:
         except Exception as error:  # each database driver has errors of its own
             raise _unreachable(where, error) from error
     raise AssertionError
+
+
+class _Lock:
+    """The lock of a journal file. The system gives it back when its holder dies; Optuna's own, a link, would stay."""
+
+    def __init__(self, path: str) -> None:
+        self._lock = FileLock(path)
+
+    def acquire(self) -> bool:
+        self._lock.acquire(poll_interval=0.005)
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
 
 
 def _unreachable(where: str, error: Exception) -> SearchError:
