@@ -15,7 +15,7 @@ and after fine-tuning. The ways see training and validation data only.
 
 For "saved", the default search is run for a file of 0.8 times the size. Biases are compressed by all; uniform and
 magnitude give them p 0.3 and 4 bits. Every result is kept in ``benchmarks/results/search.json`` and not repeated.
-Writes the tables of ``docs/search.md`` between its marks.
+Prints the table that docs/search.md shows.
 """
 
 from __future__ import annotations
