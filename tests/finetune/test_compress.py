@@ -190,7 +190,10 @@ def test_a_full_disk_is_one_message_and_nothing_half_written(tmp_path: Path) -> 
             "cut.safetensors cannot be read",
         ),
         (["--model", "m.py:wide", "--data", "digits", "--weights", "code.pt"], "code.pt holds more than tensors"),
-        (["--model", "m.py:wide", "--data", "digits", "--weights", "cut.clipq"], "cut.clipq: the header: .*the file is damaged"),
+        (
+            ["--model", "m.py:wide", "--data", "digits", "--weights", "cut.clipq"],
+            "cut.clipq: the header: .*the file is damaged",
+        ),
         (["--model", "m.py:narrow", "--data", "digits", "--weights", "wide.pt"], r"do not fit .*\n  1.weight: shape"),
         (["--model", "m.py:wide", "--data", "digits", "--plan", "m.py"], "m.py cannot be used:"),
         (["--model", "m.py:wide", "--data", "digits", "--include", "norm"], "include 'norm' matches no parameter"),
