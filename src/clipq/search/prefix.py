@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass
@@ -30,7 +31,7 @@ class _Run:
 
     first: nn.Module
     first_input: Tensor
-    outputs: dict[nn.Module, list[_Output]] = field(default_factory=dict)
+    outputs: dict[nn.Module, list[_Output | None]] = field(default_factory=dict)  # None: this call is to be run
 
 
 class PrefixCache:
@@ -48,8 +49,7 @@ class PrefixCache:
     def __init__(self, model: nn.Module, parameters: Sequence[str], memory: int) -> None:
         self._model = model
         self._memory = memory
-        ids = {id(model.get_parameter(name)) for name in parameters}
-        self._changed = {m for m in model.modules() if any(id(p) in ids for p in m.parameters(recurse=False))}
+        self._changed = [model.get_parameter(name) for name in parameters]
         self._runs: list[_Run] | None = None
 
     @contextmanager
@@ -58,7 +58,7 @@ class PrefixCache:
         if any(isinstance(m, torch.jit.ScriptModule) for m in self._model.modules()):
             yield  # a script's forward cannot be replaced
         elif self._runs is None:
-            with _Recorder(self._model, self._changed, self._memory) as recorder:
+            with _Recorder(self._model, self._memory) as recorder, _Uses(self._changed, recorder):
                 yield
             self._runs = recorder.runs
         else:
@@ -86,9 +86,10 @@ class PrefixCache:
                 if module is record.first and n == 0:
                     same = bool(args) and isinstance(args[0], Tensor) and _same(args[0], record.first_input)
                 outputs = record.outputs.get(module, [])
-                if not same or n >= len(outputs):
+                output = outputs[n] if same and n < len(outputs) else None
+                if output is None:
                     return forward(*args, **kwargs)
-                return outputs[n].tensor.clone() if outputs[n].written else outputs[n].tensor
+                return output.tensor.clone() if output.written else output.tensor
 
             return run
 
@@ -104,21 +105,67 @@ class PrefixCache:
                 del module.forward
 
 
-class _Recorder:
-    """Records, in each run of the model, the outputs of the modules that end before a changed one begins."""
+class _Uses(TorchFunctionMode):
+    """Tells a recorder when one of some parameters is used."""
 
-    def __init__(self, model: nn.Module, changed: set[nn.Module], memory: int) -> None:
-        self._model, self._changed, self._left = model, changed, memory
+    def __init__(self, parameters: Sequence[Tensor], recorder: _Recorder) -> None:
+        super().__init__()
+        self._ids = {id(parameter) for parameter in parameters}
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._recorder.reached |= any(id(tensor) in self._ids for tensor in _tensors((args, kwargs)))
+        return func(*args, **kwargs)
+
+
+@dataclass
+class _Call:
+    """A module's call under way."""
+
+    module: nn.Module
+    began: int
+    given: list[tuple[Tensor, int | Tensor]]  # each with its version, or what it held where torch counts none
+    attributes: dict[str, Any]
+    plain: bool = True  # gives an output and does nothing else
+
+    @classmethod
+    def of(cls, module: nn.Module, given: Iterator[Tensor], began: int) -> _Call:
+        seen = [(t, t.clone() if t.is_inference() else t._version) for t in given]
+        return cls(module, began, seen, dict(vars(module)))
+
+    def ended(self, output: object) -> bool:
+        """Whether its output can stand for the call."""
+        now = vars(self.module)
+        hooks = len(self.module._forward_hooks) + len(self.module._forward_pre_hooks)
+        self.plain &= hooks == 2 and list(now) == list(self.attributes)  # two of them are ours
+        self.plain &= all(now[name] is value for name, value in self.attributes.items())
+        return (
+            self.plain
+            and isinstance(output, Tensor)
+            and not any(_written(tensor, then) or _share(tensor, output) for tensor, then in self.given)
+        )
+
+
+class _Recorder:
+    """Records, in each run of the model, the outputs of the modules that end before changed parameters are used.
+
+    Attributes:
+        reached: whether they have been used in this run.
+    """
+
+    def __init__(self, model: nn.Module, memory: int) -> None:
+        self._model, self._left = model, memory
         self._handles: list[Any] = []
-        self._stack: list[tuple[nn.Module, Tensor | None, int]] = []
+        self._stack: list[_Call] = []
         self._entered = 0
-        self._reached = False
-        self._ended: list[tuple[nn.Module, int, Tensor | None, _Output]] = []
+        self._ended: list[tuple[nn.Module, int, Tensor | None, _Output | None]] = []
+        self.reached = False
         self.runs: list[_Run] = []
 
     def __enter__(self) -> _Recorder:
         for module in self._model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave))
         return self
 
@@ -128,50 +175,72 @@ class _Recorder:
         if kind is not None:
             self.runs = []
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self._model:
-            self._stack, self._ended, self._entered, self._reached = [], [], 0, False
+            self._stack, self._ended, self._entered, self.reached = [], [], 0, False
         elif not self._stack:
             return  # a part of the model, run alone
-        given = args[0] if args and isinstance(args[0], Tensor) else None
-        self._stack.append((module, given, self._entered))
+        self._stack.append(_Call.of(module, _tensors((args, kwargs)), self._entered))
         self._entered += 1
-        self._reached = self._reached or module in self._changed
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._stack:
             return
-        _, given, began = self._stack.pop()
+        call = self._stack.pop()
+        stands = call.ended(output)
+        if self._stack:
+            self._stack[-1].plain &= call.plain
         if module is self._model:
             self._end_of_run()
-        elif not self._reached:
-            # The whole stands for its parts. What is no tensor cannot be kept, nor what it stands for.
-            self._ended = [entry for entry in self._ended if entry[1] < began]
-            if isinstance(output, Tensor):
+        elif not self.reached:
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            kept = None
+            if stands:  # for its parts, too
+                self._ended = [entry for entry in self._ended if entry[1] < call.began]
                 seen = None if output.is_inference() else output
-                version = 0 if seen is None else seen._version
-                self._ended.append((module, began, given, _Output(output.detach().clone(), version, seen)))
+                kept = _Output(output.detach().clone(), 0 if seen is None else seen._version, seen)
+            self._ended.append((module, call.began, first, kept))
 
     def _end_of_run(self) -> None:
         """Keep the run if there is room for it; the runs are kept from the first one on."""
         ended, self._ended = self._ended, []
-        if not self._reached or not ended or self._left <= 0:
+        if not self.reached or not ended or self._left <= 0:
             self._left = 0
             return
         first, _, first_input, _ = min(ended, key=lambda entry: entry[1])
         if first_input is None:
             self._left = 0
             return
-        self._left -= first_input.nbytes + sum(output.tensor.nbytes for *_, output in ended)
+        self._left -= first_input.nbytes + sum(output.tensor.nbytes for *_, output in ended if output)
         if self._left < 0:
             return
         run = _Run(first, first_input.detach().clone())
         for module, _, _, output in ended:
-            output.written = output.original is None or output.original._version != output.version
-            output.original = None  # only its version was wanted
+            if output is not None:
+                output.written = output.original is None or output.original._version != output.version
+                output.original = None  # only its version was wanted
             run.outputs.setdefault(module, []).append(output)
         self.runs.append(run)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _written(tensor: Tensor, then: int | Tensor) -> bool:
+    return not _same(tensor, then) if isinstance(then, Tensor) else tensor._version != then
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
