@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,31 +13,69 @@ from torch import Tensor, nn
 
 import clipq
 from clipq import Target
-from clipq.errors import SearchError
+from clipq.errors import ClipqError, SearchError
 from clipq.search.evaluator import Evaluator
 from clipq.search.groups import Theta, groups_of
 
 
 def model_with_norm() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    model.register_buffer("scale", torch.tensor(float("nan")), persistent=False)
+    model[1].weight.requires_grad_(False)
+    return model
+
+
+def everything_of(model: nn.Module) -> list[object]:
+    """All that an evaluation must leave as it was."""
+    modules = [(name, module.training) for name, module in model.named_modules()]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert model(torch.ones(2, 6)).shape == (2, 3)
+    values = [(n, id(t), t.dtype, t.requires_grad, t.grad, t.tolist().__repr__()) for n, t in tensors.items()]
+    return [modules, values, list(model.state_dict())]
 
 
 def gives_nan(model: nn.Module) -> float:
     return float("nan")
 
 
+def gives_infinity(model: nn.Module) -> float:
+    return float("-inf")
+
+
+def yields_infinity(model: nn.Module) -> Iterator[float]:
+    yield 1.0
+    yield float("inf")
+
+
 def gives_text(model: nn.Module) -> Any:
     return "good"
 
 
+def gives_nothing(model: nn.Module) -> Any:
+    return None
+
+
 def raises(model: nn.Module) -> float:
+    model.train()
+    model[0].weight.requires_grad_(False)
+    model.extra = nn.Linear(2, 2)
     raise RuntimeError("no data")
 
 
 def changes_a_weight(model: nn.Module) -> float:
     with torch.no_grad():
         model[0].weight.mul_(2)
+    return 0.0
+
+
+def changes_a_weight_in_secret(model: nn.Module) -> float:
+    model[0].weight.data.mul_(2)
+    return 0.0
+
+
+def gives_a_weight_other_storage(model: nn.Module) -> float:
+    model[3].weight.data = torch.zeros(3, 8)
     return 0.0
 
 
@@ -51,26 +90,132 @@ def replaces_a_weight(model: nn.Module) -> float:
     return 0.0
 
 
+def replaces_a_module(model: nn.Module) -> float:
+    model[3] = nn.Linear(8, 3)
+    return 0.0
+
+
+def adds_a_buffer(model: nn.Module) -> float:
+    model[3].register_buffer("seen", torch.zeros(2))
+    return 0.0
+
+
+def removes_a_buffer(model: nn.Module) -> float:
+    del model.scale
+    return 0.0
+
+
+def casts(model: nn.Module) -> float:
+    model.half()
+    return 0.0
+
+
 @pytest.mark.parametrize(
     ("evaluate", "message"),
     [
-        (gives_nan, "evaluate gave nan for the model as it is"),
+        (gives_nan, "evaluate gave nan for the model as it is; it must give a finite number"),
+        (gives_infinity, "evaluate gave -inf for the model as it is; it must give a finite number"),
+        (yields_infinity, "evaluate gave inf for the model as it is"),
         (gives_text, "evaluate gave 'good'"),
+        (gives_nothing, "evaluate gave None"),
         (raises, "evaluate raised RuntimeError for the model as it is: no data"),
-        (changes_a_weight, r"evaluate changed the model: 0\.weight"),
-        (changes_a_buffer, r"evaluate changed the model: 1\..*running_mean"),
-        (replaces_a_weight, r"evaluate changed the model: 0\.weight"),
+        (changes_a_weight, r"evaluate changed the model: 0\.weight\."),
+        (changes_a_weight_in_secret, r"evaluate changed the model: 0\.weight\."),
+        (gives_a_weight_other_storage, r"evaluate changed the model: 3\.weight\."),
+        (changes_a_buffer, r"evaluate changed the model: 1\.running_mean, 1\.running_var"),
+        (replaces_a_weight, r"evaluate changed the model: 0\.weight\."),
+        (replaces_a_module, r"evaluate changed the model: 3\.weight, 3\.bias\."),
+        (adds_a_buffer, r"evaluate changed the model: 3\.seen\."),
+        (removes_a_buffer, r"evaluate changed the model: scale\."),
+        (casts, r"evaluate changed the model: 0\.weight, .* and others\."),
     ],
 )
 def test_an_evaluate_that_misbehaves_is_named(evaluate: Callable[[nn.Module], float], message: str) -> None:
     model = model_with_norm()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weight = model[0].weight
+    before = everything_of(model)
     with pytest.raises(SearchError, match=message):
-        clipq.search(model, evaluate, Target(bytes=300))
-    assert not any(module.training for module in model.modules())
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert model[0].weight is weight
+        clipq.search(model, evaluate, Target(bytes=400))
+    assert everything_of(model) == before
+
+
+def test_an_evaluate_may_put_back_what_it_changed() -> None:
+    """Such as one that evaluates averaged weights."""
+    model = model_with_norm()
+    before = everything_of(model)
+
+    def evaluate(m: nn.Module) -> float:
+        kept = {name: tensor.clone() for name, tensor in m.state_dict().items()}
+        m.train().requires_grad_(False)
+        m(torch.ones(4, 6))
+        m.load_state_dict(kept)
+        m[0].weight = nn.Parameter(m[0].weight.clone())
+        return float(m[0].weight.square().sum())
+
+    groups = groups_of(model)
+    assert Evaluator(model, evaluate, 0).at(groups, [None, None]) == float(model[0].weight.detach().square().sum())
+    assert everything_of(model) == before
+
+
+def gives_a_number(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> Any:
+    return 0.5
+
+
+def gives_a_plan_of_fewer(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> clipq.Plan:
+    return clipq.Plan({"0.weight": plan.tensors["0.weight"]})
+
+
+def gives_other_shapes(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> clipq.Plan:
+    return clipq.Plan({name: replace(tensor, shape=(1, *tensor.shape)) for name, tensor in plan.tensors.items()})
+
+
+def gives_no_rate(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> clipq.Plan:
+    return clipq.Plan({name: replace(tensor, pruning_rate=1.5) for name, tensor in plan.tensors.items()})
+
+
+def fails(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> None:
+    model.train()
+    model[0].weight.data.zero_()
+    raise RuntimeError("no optimizer")
+
+
+def puts_something_on(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> None:
+    nn.utils.parametrizations.weight_norm(model[0])
+
+
+@pytest.mark.parametrize(
+    ("recover", "message"),
+    [
+        (gives_a_number, r"recover gave 0\.5; it must give the clipq\.Plan that it ended with"),
+        (gives_a_plan_of_fewer, r"recover gave a plan that differs in 3\.weight; it may change pruning rates"),
+        (gives_other_shapes, r"recover gave a plan that differs in 0\.weight, 3\.weight;"),
+        (gives_no_rate, "0.weight.*1.5"),
+        (fails, "recover raised RuntimeError: no optimizer"),
+        (puts_something_on, r"recover added, removed or replaced 0\.weight, 0\.parametrizations"),
+    ],
+)
+def test_a_recover_that_misbehaves_is_named(recover: Any, message: str) -> None:
+    model = model_with_norm()
+    before = everything_of(model)
+    plan = clipq.Plan.uniform(model, pruning_rate=0.5, bits=3)
+    with pytest.raises(ClipqError, match=message):
+        Evaluator(model, lambda m: 0.0, 0).recovered(plan, recover, 400)
+    assert everything_of(model) == before
+
+
+def test_what_recover_leaves_behind_is_taken_back() -> None:
+    model = model_with_norm()
+    before = everything_of(model)
+
+    def recover(m: nn.Module, plan: clipq.Plan, file_bytes: int) -> None:
+        m.train()
+        m(torch.randn(5, 6)).sum().backward()
+        m[3].weight.data.add_(1)
+
+    plan = clipq.Plan.uniform(model, pruning_rate=0.5, bits=3)
+    cost, ended = Evaluator(model, lambda m: float(m[3].weight.sum()), 0).recovered(plan, recover, 400)
+    assert cost == pytest.approx(float(model[3].weight.detach().sum()) + 24)
+    assert ended == plan
+    assert everything_of(model) == before
 
 
 def test_the_place_of_a_bad_value_is_named() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,15 +15,17 @@ from clipq.errors import ClipqError, SearchError
 from clipq.plan import Plan
 from clipq.search.groups import Group, Theta, quantize_group
 from clipq.search.prefix import PrefixCache
+from clipq.search.state import ModelState, tensors_of
 
 Evaluate = Callable[[nn.Module], float | Iterator[float]]
-"""Gives the model's cost, lower is better: an error, a loss. It must leave the model's tensors as they are, and give
-the same cost for the same tensors. A generator may yield lower bounds of the cost as it goes, and last the cost itself:
-then an evaluation that can only lose is stopped."""
+"""Gives the model's cost, lower is better: an error, a loss; a finite number. It must leave the model's tensors as they
+are (or put back what they held), and give the same cost for the same tensors. A generator may yield lower bounds of the
+cost as it goes, and last the cost itself: then an evaluation that can only lose is stopped."""
 
 Recover = Callable[[nn.Module, Plan, int], Plan | None]
 """Fine-tunes the model for a few steps under a plan and leaves it quantized. Its last argument is the most bytes that
-the file may have (`SizeHolder` keeps them); it gives the plan that it ended with, if that is another one."""
+the file may have (`SizeHolder` keeps them). It gives the plan that it ended with, of the same tensors, if that is
+another one."""
 
 
 class Evaluator:
@@ -36,18 +39,20 @@ class Evaluator:
 
     def __init__(self, model: nn.Module, evaluate: Evaluate, memory: int) -> None:
         self.model = model
-        self.count = 0
         self._evaluate = evaluate
         self._memory = memory
-        self._tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.weights = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+        self._state = ModelState(model)
+        self._tensors = tensors_of(model)
         self._prefix: tuple[str, tuple[object, ...], PrefixCache] | None = None
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The full-precision weights, and the buffers, by name."""
+        return self._state.values
+
     def restore(self) -> None:
-        """Put the full-precision weights, and the buffers, back."""
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(self.weights[name])
+        """Make the model what it was at first: its weights, buffers, modules and flags."""
+        self._state.put_back(self._state.values)
 
     def at(
         self,
@@ -64,7 +69,7 @@ class Evaluator:
             ceiling: a cost that is as good as any higher one: a generator is stopped once its bound is above it.
 
         Raises:
-            SearchError: ``evaluate`` raised, gave no finite number, or changed the model's tensors.
+            SearchError: ``evaluate`` raised, gave no finite number, or changed what the model's tensors hold.
         """
         what = ", ".join(
             f"{g.name} at p={t.pruning_rate:.4g}, b={t.bits}" for g, t in zip(groups, thetas, strict=True) if t
@@ -80,7 +85,7 @@ class Evaluator:
         """The cost after ``recover`` under a plan, and the plan it ended with.
 
         Raises:
-            SearchError: as in `at`; or ``recover`` raised.
+            SearchError: as in `at`; or ``recover`` raised, replaced the model's tensors, or gave a plan of others.
         """
         with self._recovered(plan, recover, file_bytes) as ended:
             return self._call(self._evaluate, "the plan, after recover", math.inf), ended
@@ -96,14 +101,15 @@ class Evaluator:
         self, validate: Evaluate | None, plan: Plan | None = None, recover: Recover | None = None, file_bytes: int = 0
     ) -> float:
         """What ``validate`` (or else ``evaluate``) gives for the model, or under a plan, after ``recover`` if any."""
-        check = validate or self._evaluate
+        check, name = (self._evaluate, "evaluate") if validate is None else (validate, "validate")
         if plan is None:
-            return self._call(check, "", math.inf)
+            with self._quantized((), ()):
+                return self._call(check, "", math.inf, name)
         if recover is not None:
             with self._recovered(plan, recover, file_bytes):
-                return self._call(check, "the plan, after recover", math.inf)
+                return self._call(check, "the plan, after recover", math.inf, name)
         with self._quantized(*_single_groups(plan)):
-            return self._call(check, "the plan", math.inf)
+            return self._call(check, "the plan", math.inf, name)
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's tensors, as they are now."""
@@ -124,57 +130,55 @@ class Evaluator:
     def _recovered(self, plan: Plan, recover: Recover, file_bytes: int) -> Iterator[Plan]:
         try:
             try:
-                ended = recover(self.model, plan, file_bytes) or plan
+                ended = recover(self.model, plan, file_bytes)
             except ClipqError:
                 raise
             except Exception as cause:
-                raise SearchError(f"recover raised {type(cause).__name__}: {cause}") from cause
-            yield ended
+                raise SearchError(
+                    f"recover raised {type(cause).__name__}: {cause}. The weights are restored; recover(model, plan, "
+                    f"file_bytes) must train under any plan of the model"
+                ) from cause
+            self._check_own_tensors()
+            yield plan if ended is None else _same_tensors(ended, plan)
         finally:
             self.restore()
 
-    def _call(self, evaluate: Evaluate, what: str, ceiling: float) -> float:
-        self.count += 1
+    def _check_own_tensors(self) -> None:
+        now = tensors_of(self.model)
+        other = [name for name in {**self._tensors, **now} if now.get(name) is not self._tensors.get(name)]
+        if other:
+            raise SearchError(
+                f"recover added, removed or replaced {_some(other)}. The model is restored; recover must train the "
+                f"model's own parameters in place, and take off at the end whatever it put on"
+            )
+
+    def _call(self, evaluate: Evaluate, what: str, ceiling: float, name: str = "evaluate") -> float:
         what = what or "the model as it is"
-        training = {name: module.training for name, module in self.model.named_modules()}
-        versions = {name: (tensor, tensor._version) for name, tensor in self._live().items()}
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # torch's norms do not count
+        before = ModelState(self.model)
         try:
             with torch.no_grad():
                 value = _value(evaluate(self.model), ceiling)
+            changed = before.changed()
         except ClipqError:
             raise
         except Exception as cause:
-            raise SearchError(f"evaluate raised {type(cause).__name__} for {what}: {cause}") from cause
+            raise SearchError(
+                f"{name} raised {type(cause).__name__} for {what}: {cause}. The weights are restored; {name}(model) "
+                f"must give a number for any weights"
+            ) from cause
         finally:
-            for name, module in self.model.named_modules():
-                module.training = training.get(name, module.training)
-        now = self._live()
-        changed = [n for n, (t, version) in versions.items() if now.get(n) is not t or version != t._version]
-        changed += [name for name in now if name not in versions]
-        changed += [n for n, was in buffers.items() if n in now and n not in changed and not torch.equal(was, now[n])]
+            before.put_back()
         if changed:
-            self._put_back(versions)
             raise SearchError(
-                f"evaluate changed the model: {', '.join(changed[:5])}{' and others' if len(changed) > 5 else ''}. The "
-                f"weights are restored; evaluate in eval mode, without training steps"
+                f"{name} changed the model: {_some(changed)}. The weights are restored; evaluate in eval mode, without "
+                f"training steps"
             )
-        if not isinstance(value, int | float) or math.isnan(value):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise SearchError(
-                f"evaluate gave {value!r} for {what}; it must give a number, lower for a better model. Give a large "
-                f"finite number where the cost is not defined"
+                f"{name} gave {value!r} for {what}; it must give a finite number, lower for a better model. Give a "
+                f"large number where the cost is not defined"
             )
         return float(value)
-
-    def _put_back(self, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
-        """Parameters and buffers that were replaced by other objects."""
-        for name, (tensor, _) in tensors.items():
-            path, _, own = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            (module._parameters if own in module._parameters else module._buffers)[own] = tensor  # type: ignore[assignment]
-
-    def _live(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     @contextmanager
     def _unchanged_before(self, group: Group, others: tuple[object, ...]) -> Iterator[None]:
@@ -191,10 +195,28 @@ def _value(result: object, ceiling: float) -> object:
         return result.item() if isinstance(result, Tensor) and result.numel() == 1 else result
     value: object = None
     for value in result:
-        if isinstance(value, int | float) and value > ceiling:
+        if isinstance(value, numbers.Real) and ceiling < float(value) < math.inf:
             break
     result.close()
     return value
+
+
+def _same_tensors(ended: object, plan: Plan) -> Plan:
+    """The plan that ``recover`` ended with, if it is one for the same tensors; raises `SearchError` if not."""
+    if not isinstance(ended, Plan):
+        raise SearchError(f"recover gave {ended!r}; it must give the clipq.Plan that it ended with, or None")
+    shapes = [{name: tensor.shape for name, tensor in of.tensors.items()} for of in (plan, ended)]
+    other = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
+    if other:
+        raise SearchError(
+            f"recover gave a plan that differs in {_some(other)}; it may change pruning rates and bit widths, but "
+            f"must keep the tensors and shapes of the plan that it was given"
+        )
+    return ended
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{' and others' if len(names) > 5 else ''}"
 
 
 def _single_groups(plan: Plan) -> tuple[list[Group], list[Theta]]:
