@@ -61,7 +61,8 @@ class SizeHolder:
 
         Returns:
             The bytes of the file. They are above the size only if even a single survivor a tensor is too many, and
-            further below only if nothing is pruned any more.
+            further below only if nothing is pruned any more, or tensors are so small that one weight is a step of
+            more than that.
         """
         start = self._attachment.plan
         lowest, highest = -math.inf, math.inf  # logarithms of factors known to be too small, and too large
@@ -87,10 +88,12 @@ class SizeHolder:
                 break  # every tensor is at its limit
             self._attachment.replan(plan)
             factor, found = wanted, self._bytes()
-        if best is not None and found != best[0]:
+        if best is None:
+            self._attachment.replan(thinned(start, 0.0))
+            return self._bytes()
+        if found != best[0]:
             self._attachment.replan(best[1])
-            return best[0]
-        return found
+        return best[0]
 
     def _bytes(self) -> int:
         return file_bytes(self._model, self._attachment.plan)

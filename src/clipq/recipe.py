@@ -18,6 +18,8 @@ from clipq.validation import explain
 
 WHERE_IT_RUNS = ("data_root", "workers", "device", "search_memory")
 """Fields on which nothing that is found depends."""
+AFTER_THE_SEARCH = ("epochs", "bfloat16_rest", "pruning_rate", "bits", "overrides")
+"""Fields on which a search for a target does not depend."""
 
 
 class Override(BaseModel):

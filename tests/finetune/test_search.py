@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from clipq.errors import RecipeError
 from clipq.finetune.compress import compress
+from clipq.finetune.run import RunFolder
 from clipq.finetune.watch import Silent
 from clipq.recipe import Recipe
 from clipq.report.run import to_markdown
@@ -48,3 +50,21 @@ def test_a_drop_is_measured_on_the_trained_network(tmp_path: Path) -> None:
     best_float = [e for e in report.epochs if e.phase == "float"][-1].validation_accuracy
     assert report.aim.drop == pytest.approx(best_float - report.epochs[-1].validation_accuracy)
     assert report.file.bytes <= report.aim.bytes
+
+
+@pytest.mark.parametrize("change", [{"epochs": 7}, {"bfloat16_rest": True}, {"bits": 2}, {"device": "cpu"}])
+def test_a_search_is_gone_on_with_whatever_follows_it(tmp_path: Path, change: dict[str, object]) -> None:
+    RunFolder.create(tmp_path / "run", Recipe.make(FIELDS | {"ratio": 20})).study.write_text("evaluations")
+    recipe = Recipe.make(FIELDS | {"ratio": 20} | change)
+    run = RunFolder.create(tmp_path / "run", recipe, go_on=True)
+    assert run.study.read_text() == "evaluations"
+    assert Recipe.load(run.recipe) == recipe
+
+
+@pytest.mark.parametrize("change", [{"ratio": 21}, {"search_steps": 4}, {"seed": 1}, {"learning_rate": 0.1}])
+def test_another_search_is_not_gone_on_with(tmp_path: Path, change: dict[str, object]) -> None:
+    recipe = Recipe.make(FIELDS | {"ratio": 20})
+    RunFolder.create(tmp_path / "run", recipe)
+    with pytest.raises(RecipeError, match="made for something else: "):
+        RunFolder.create(tmp_path / "run", Recipe.make(FIELDS | {"ratio": 20} | change), go_on=True)
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == recipe

@@ -38,6 +38,15 @@ def trained_regression() -> tuple[nn.Module, Evaluate]:
     return model, lambda m: float(F.mse_loss(m(x), y))
 
 
+def small_regression() -> tuple[nn.Module, Evaluate]:
+    """A net of 500 weights that gives what it gave; not trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 8))
+    x = torch.randn(64, 16)
+    wanted = model(x).detach()
+    return model, lambda m: float(F.mse_loss(m(x), wanted))
+
+
 class LanguageModel(nn.Module):
     """Next-character prediction: an embedding, an LSTM, and the embedding again as the output layer."""
 

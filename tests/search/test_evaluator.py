@@ -198,7 +198,7 @@ def test_a_recover_that_misbehaves_is_named(recover: Any, message: str) -> None:
     before = everything_of(model)
     plan = clipq.Plan.uniform(model, pruning_rate=0.5, bits=3)
     with pytest.raises(ClipqError, match=message):
-        Evaluator(model, lambda m: 0.0, 0).recovered(plan, recover, 400)
+        Evaluator(model, lambda m: 0.0, 0).of_plan(plan, recover, 400)
     assert everything_of(model) == before
 
 
@@ -212,7 +212,7 @@ def test_what_recover_leaves_behind_is_taken_back() -> None:
         m[3].weight.data.add_(1)
 
     plan = clipq.Plan.uniform(model, pruning_rate=0.5, bits=3)
-    cost, ended = Evaluator(model, lambda m: float(m[3].weight.sum()), 0).recovered(plan, recover, 400)
+    cost, _, ended = Evaluator(model, lambda m: float(m[3].weight.sum()), 0).of_plan(plan, recover, 400)
     assert cost == pytest.approx(float(model[3].weight.detach().sum()) + 24)
     assert ended == plan
     assert everything_of(model) == before

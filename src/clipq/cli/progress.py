@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich import progress as bars
+from rich.text import Text
 
 from clipq.cli.common import errors
 from clipq.finetune.watch import EpochRecord
+
+if TYPE_CHECKING:  # it imports Optuna, which takes a while
+    from clipq.search.progress import Progress as SearchProgress
 
 _PHASES = {"float": "training", "compress": "compressing"}
 
@@ -19,13 +23,11 @@ _PHASES = {"float": "training", "compress": "compressing"}
 class _Stage:
     name: str
     started: float
-    task: bars.TaskID
-    done: int = 0
-    best: float = math.inf
+    best: float | None = None
 
 
 class Progress:
-    """A watcher of training and of searches: draws one bar a phase or stage on standard error, and prints one line an
+    """A watcher of training and of searches: draws one bar a phase or search on standard error, and prints one line an
     epoch or stage.
 
     Args:
@@ -38,13 +40,14 @@ class Progress:
             bars.BarColumn(bar_width=None),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.fields[state]}"),
-            bars.TimeRemainingColumn(),
+            _TimeLeft(),
             console=errors,
             disable=quiet,
         )
         self._task: bars.TaskID | None = None
         self._loss = 0.0
         self._last = ""
+        self._search: bars.TaskID | None = None
         self._stage: _Stage | None = None
 
     def __enter__(self) -> Progress:
@@ -52,12 +55,12 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
-            self._end_stage()
+            self._end_search()
         self._bars.stop()
 
     def phase(self, name: str, steps: int) -> None:
         """A new bar."""
-        self._end_stage()
+        self._end_search()
         self._bars.start()
         self._loss, self._last = 0.0, ""
         self._task = self._bars.add_task(_PHASES[name], total=steps, state="")
@@ -78,30 +81,51 @@ class Progress:
         )
 
     def stage(self, name: str, total: int) -> None:
-        """A new bar for the evaluations of a stage of the search; the one before becomes a line."""
+        """A stage of the search begins; the one before becomes a line."""
         self._end_stage()
-        if total > 1:
-            self._bars.start()
-            self._stage = _Stage(name, time.monotonic(), self._bars.add_task(f"search: {name}", total=total, state=""))
+        self._bars.start()
+        if self._search is None:
+            self._search = self._bars.add_task("search", total=None, state="", left="")
+        self._bars.update(self._search, description=f"search: {name}")
+        self._stage = _Stage(name, time.monotonic())
 
-    def evaluated(self, done: int, best: float) -> None:
-        """Move the stage's bar; evaluations of other processes, and of before an interruption, count too."""
-        if self._stage is None:
+    def evaluated(self, progress: SearchProgress) -> None:
+        """Move the bar, which is over all stages of the search."""
+        if self._search is None or self._stage is None:
             return
-        if self._stage.done == 0 and done > 1:  # they were there already, and say nothing about the time left
-            self._bars.reset(self._stage.task, completed=done)
-        self._stage.done, self._stage.best = done, best
-        self._bars.update(self._stage.task, completed=done, state=f"best {best:.4g}")
+        self._stage.best = progress.best
+        best = "" if progress.best is None else f"best {progress.best:.4g}"
+        self._bars.update(
+            self._search, completed=progress.done, total=progress.total, state=best, left=time_left(progress)
+        )
 
     def _end_stage(self) -> None:
         stage, self._stage = self._stage, None
         if stage is not None:
-            self._bars.remove_task(stage.task)
-            self.note(
-                f"search, {stage.name}: {stage.done} evaluations, best {stage.best:.4g}, "
-                f"{time.monotonic() - stage.started:.1f} s"
-            )
+            best = "" if stage.best is None else f"best so far {stage.best:.4g}, "
+            self.note(f"search, {stage.name}: {best}{time.monotonic() - stage.started:.1f} s")
+
+    def _end_search(self) -> None:
+        self._end_stage()
+        if self._search is not None:
+            self._bars.remove_task(self._search)
+            self._search = None
 
     def note(self, text: str) -> None:
         """A line above the bar."""
         self._bars.console.print(text, highlight=False)
+
+
+def time_left(progress: SearchProgress) -> str:
+    """As hours, minutes and seconds; with a sign if it is the least."""
+    if progress.seconds_left is None:
+        return "-:--:--"
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    return f"{'> ' if progress.least else ''}{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class _TimeLeft(bars.TimeRemainingColumn):
+    """What a task's owner says, or else what its speed tells."""
+
+    def render(self, task: bars.Task) -> Text:
+        return Text(task.fields["left"], style="progress.remaining") if "left" in task.fields else super().render(task)

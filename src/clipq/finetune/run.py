@@ -19,7 +19,7 @@ from clipq.archive import write_file
 from clipq.errors import RecipeError
 from clipq.finetune.watch import EpochRecord
 from clipq.plan import Plan
-from clipq.recipe import WHERE_IT_RUNS, Recipe
+from clipq.recipe import AFTER_THE_SEARCH, WHERE_IT_RUNS, Recipe
 from clipq.report.search import to_page
 from clipq.search import SearchRecord
 
@@ -58,7 +58,7 @@ class RunFolder:
 
         Args:
             force: clear the files of an earlier run there.
-            go_on: accept a folder with the search of the same recipe, finished or not.
+            go_on: accept a folder with the same search, finished or not, whatever is to follow it.
 
         Raises:
             RecipeError: the folder holds another run, or cannot be written to.
@@ -74,8 +74,8 @@ class RunFolder:
                     f"{path}: holds a run already ({present[0].name}, …); give another folder with --out, or --force "
                     f"to replace it"
                 )
-            _check_same(run.recipe, recipe)
-            return run
+            _check_same_search(run.recipe, recipe)
+            present = []
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in present:
@@ -114,9 +114,10 @@ class RunFolder:
             file.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
 
-def _check_same(path: Path, recipe: Recipe) -> None:
-    """Raise `RecipeError` if a folder's recipe is another one, but for where and how fast it runs."""
-    there, here = (r.model_dump(mode="json", exclude=set(WHERE_IT_RUNS)) for r in (Recipe.load(path), recipe))
+def _check_same_search(path: Path, recipe: Recipe) -> None:
+    """Raise `RecipeError` if a folder's recipe searches for something else."""
+    aside = {*WHERE_IT_RUNS, *AFTER_THE_SEARCH}
+    there, here = (r.model_dump(mode="json", exclude=aside) for r in (Recipe.load(path), recipe))
     differing = [f"{name} ({there[name]} there, {here[name]} here)" for name in here if there[name] != here[name]]
     if differing:
         raise RecipeError(

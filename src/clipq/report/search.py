@@ -67,7 +67,8 @@ def summary(found: SearchRecord) -> list[str]:
     return [
         f"Target: {_target(found)}. The plan's file has {found.bytes:,} bytes, the model {found.float32_bytes:,} as "
         f"float32: {found.ratio:.1f} times smaller.",
-        f"Cost: {found.base_cost:.4g} in full precision, {found.cost:.4g} with the plan, {after}.",
+        f"Cost: {found.base_cost:.4g} in full precision, {found.cost:.4g} with the plan, {after}. "
+        f"Drop, as max_drop counts it: {found.drop:.4g}.",
     ]
 
 

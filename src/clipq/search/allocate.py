@@ -102,8 +102,9 @@ def fitted(sizes: Sequence[SizeModel], thetas: Sequence[Theta], budget: float) -
 
 def scaled(sizes: Sequence[SizeModel], thetas: Sequence[Theta], factor: float) -> tuple[Theta, ...]:
     """The plan with every group's survivors multiplied by a factor, within what each group allows."""
+    less = math.log(factor) if factor > 0 else -math.inf
     return tuple(
-        Theta(pruning_rate_of(min(max(sparsity(t.pruning_rate) - math.log(factor), 0.0), size.highest)), t.bits)
+        Theta(pruning_rate_of(min(max(sparsity(t.pruning_rate) - less, 0.0), size.highest)), t.bits)
         for size, t in zip(sizes, thetas, strict=True)
     )
 

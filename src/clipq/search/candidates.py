@@ -16,6 +16,8 @@ from clipq.search.sizes import SizeModel, pruning_rate_of
 _EXPONENTS = (1.0, 0.6, 0.35)
 """Fine-tuning heals much of the cost that is measured before it, and the more the higher: low powers of it."""
 _WIDTHS = (2, 3, 4)
+STARTING_PLANS = len(_EXPONENTS) + 2 * len(_WIDTHS)
+"""How many `starting_plans` gives; fewer if not all bit widths are allowed."""
 FOR_VECTORS = Theta(0.3, 4)
 """Of biases and the like, in plans that treat all weights alike: they are few, and matter more than their size."""
 _QUANTILES = 4096

@@ -15,16 +15,19 @@ import torch
 from optuna.trial import FrozenTrial
 
 from clipq.errors import SearchError
-from clipq.hold import SHORTFALL, file_bytes
-from clipq.search.allocate import fitted, largest, smallest
+from clipq.hold import file_bytes
+from clipq.plan import Plan
+from clipq.search.allocate import largest
 from clipq.search.evaluator import Evaluate, Evaluator, Recover
+from clipq.search.fit import smallest_file
 from clipq.search.groups import Group, Theta, plan_of, quantize_group
+from clipq.search.progress import Schedule
 from clipq.search.record import Evaluation, GroupRecord
 from clipq.search.settings import Settings, Watcher
 from clipq.search.sizes import SizeModel
 from clipq.search.study import Worker
 
-_FIT_TRIES = 8
+_SCORE = "score"
 
 
 @dataclass
@@ -42,7 +45,9 @@ class Context:
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=Schedule)
     base_cost: float = 0.0
+    base_score: float = 0.0
 
     @property
     def float32_bytes(self) -> int:
@@ -63,19 +68,41 @@ class Context:
         sampler: Any = None,
     ) -> list[FrozenTrial]:
         """Have a stage's slots evaluated by all workers together; see `Worker.run`."""
+        self.schedule.begins(stage, len(slots))
         self.watcher.stage(stage, len(slots))
+
+        def progress(trials: Sequence[FrozenTrial]) -> None:
+            self.watcher.evaluated(self.schedule.after(stage, trials))
+
         with self.timed(stage):
-            return self.worker.run(stage, slots, evaluate, sampler=sampler, progress=self._progress)
+            return self.worker.run(stage, slots, evaluate, sampler=sampler, progress=progress)
 
     def one(self, stage: str, evaluate: Any) -> FrozenTrial:
         """A stage of a single evaluation."""
         return self.run_stage(stage, [{}], evaluate)[0]
 
     def measure_base(self) -> None:
-        """The cost of the full-precision model."""
-        trial = self.one("base", lambda trial: self.evaluator.at(self.groups, self.nothing))
-        self.base_cost = value_of(trial)
+        """The cost of the full-precision model, and what ``validate`` (or else ``evaluate``) gives for it."""
+
+        def evaluate(trial: optuna.Trial) -> float:
+            cost = self.evaluator.at(self.groups, self.nothing)
+            trial.set_user_attr(_SCORE, cost if self.validate is None else self.evaluator.validated(self.validate))
+            return cost
+
+        trial = self.one("base", evaluate)
+        self.base_cost, self.base_score = value_of(trial), trial.user_attrs[_SCORE]
         self.evaluations.append(Evaluation("base", self.base_cost))
+
+    def measure_plan(self, plan: Plan, file_bytes: int) -> tuple[float, float]:
+        """The cost of the chosen plan, after ``recover`` if any, and how much worse ``validate`` finds it."""
+
+        def evaluate(trial: optuna.Trial) -> float:
+            cost, score, _ = self.evaluator.of_plan(plan, self.recover, file_bytes, self.validate)
+            trial.set_user_attr(_SCORE, cost if score is None else score)
+            return cost
+
+        trial = self.one("plan", evaluate)
+        return value_of(trial), trial.user_attrs[_SCORE] - self.base_score
 
     def file_bytes(self, thetas: Sequence[Theta]) -> int:
         """The bytes of the file of the model, its full-precision weights quantized at these θ: a real encode."""
@@ -96,27 +123,9 @@ class Context:
         """The file's bytes beyond the size model's, found by one real encode."""
         return self.file_bytes(thetas) - self.predicted_bytes(thetas)
 
-    def fit(self, thetas: Sequence[Theta], target: int) -> tuple[tuple[Theta, ...], int]:
-        """The plan with its survivors scaled such that its real file meets the target, and the file's bytes.
-
-        They are at most the target, and at most `SHORTFALL` below, unless no plan of these bit widths is so large.
-        """
-        best: tuple[tuple[Theta, ...], int] | None = None
-        rest = self.rest(thetas)
-        for _ in range(_FIT_TRIES):
-            candidate = fitted(self.sizes, thetas, (1 - SHORTFALL / 4) * target - rest)
-            found = self.file_bytes(candidate)
-            if found <= target and (best is None or found > best[1]):
-                best = candidate, found
-            if (1 - SHORTFALL / 2) * target <= found <= target:
-                break
-            rest = found - self.predicted_bytes(candidate)
-        return best if best is not None else (candidate, found)
-
     def check_reachable(self, target: int) -> None:
         """Raise `SearchError` at once if no plan can be as small as the target; note it if none is as large."""
-        least = smallest(self.sizes)
-        low = self.file_bytes(least)
+        least, low = smallest_file(self.sizes, self.file_bytes)
         if low > target:
             bare = low - self.predicted_bytes(least)
             raise SearchError(
@@ -144,10 +153,6 @@ class Context:
         finally:
             kind = stage.partition(" ")[0]
             self.seconds[kind] = round(self.seconds.get(kind, 0.0) + time.monotonic() - started, 3)
-
-    def _progress(self, trials: Sequence[FrozenTrial]) -> None:
-        if trials:
-            self.watcher.evaluated(len(trials), min(value_of(trial) for trial in trials))
 
 
 def fingerprint(

@@ -81,35 +81,27 @@ class Evaluator:
             with self._unchanged_before(groups[changing], others):
                 return self._call(self._evaluate, what, ceiling)
 
-    def recovered(self, plan: Plan, recover: Recover, file_bytes: int) -> tuple[float, Plan]:
-        """The cost after ``recover`` under a plan, and the plan it ended with.
+    def of_plan(
+        self, plan: Plan, recover: Recover | None, file_bytes: int, validate: Evaluate | None = None
+    ) -> tuple[float, float | None, Plan]:
+        """The cost under a plan, after ``recover`` if any; ``validate`` of the same weights; the plan it ended with.
 
         Raises:
             SearchError: as in `at`; or ``recover`` raised, replaced the model's tensors, or gave a plan of others.
         """
-        with self._recovered(plan, recover, file_bytes) as ended:
-            return self._call(self._evaluate, "the plan, after recover", math.inf), ended
-
-    def of_plan(self, plan: Plan, recover: Recover | None, file_bytes: int) -> float:
-        """The cost under a plan; after ``recover``, if there is one."""
-        if recover is not None:
-            return self.recovered(plan, recover, file_bytes)[0]
-        groups, thetas = _single_groups(plan)
-        return self.at(groups, thetas)
+        what = "the plan" if recover is None else "the plan, after recover"
+        with self._under(plan, recover, file_bytes) as ended:
+            cost = self._call(self._evaluate, what, math.inf)
+            score = None if validate is None else self._call(validate, what, math.inf, "validate")
+        return cost, score, ended
 
     def validated(
         self, validate: Evaluate | None, plan: Plan | None = None, recover: Recover | None = None, file_bytes: int = 0
     ) -> float:
         """What ``validate`` (or else ``evaluate``) gives for the model, or under a plan, after ``recover`` if any."""
         check, name = (self._evaluate, "evaluate") if validate is None else (validate, "validate")
-        if plan is None:
-            with self._quantized((), ()):
-                return self._call(check, "", math.inf, name)
-        if recover is not None:
-            with self._recovered(plan, recover, file_bytes):
-                return self._call(check, "the plan, after recover", math.inf, name)
-        with self._quantized(*_single_groups(plan)):
-            return self._call(check, "the plan", math.inf, name)
+        with self._quantized((), ()) if plan is None else self._under(plan, recover, file_bytes):
+            return self._call(check, "" if plan is None else "the plan", math.inf, name)
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's tensors, as they are now."""
@@ -127,7 +119,11 @@ class Evaluator:
             self.restore()
 
     @contextmanager
-    def _recovered(self, plan: Plan, recover: Recover, file_bytes: int) -> Iterator[Plan]:
+    def _under(self, plan: Plan, recover: Recover | None, file_bytes: int) -> Iterator[Plan]:
+        if recover is None:
+            with self._quantized(*_single_groups(plan)):
+                yield plan
+            return
         try:
             try:
                 ended = recover(self.model, plan, file_bytes)

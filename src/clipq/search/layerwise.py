@@ -17,6 +17,12 @@ EVALUATIONS = 30
 _STARTUP = 8
 
 
+def expect_layers(context: Context) -> None:
+    """The stages of `search_layerwise`."""
+    for i in range(len(context.groups)):
+        context.schedule.expect(_stage(context, i), "one group", _evaluations(context), competes=True)
+
+
 def search_layerwise(context: Context, trade_off: float) -> tuple[Theta, ...]:
     """θ of every group, in the model's order: the choices so far applied, the later groups in full precision.
 
@@ -30,8 +36,8 @@ def search_layerwise(context: Context, trade_off: float) -> tuple[Theta, ...]:
     chosen: list[Theta | None] = context.nothing
     for i, group in enumerate(context.groups):
         trials = context.run_stage(
-            f"layer {i}: {group.name}",
-            [{}] * (settings.evaluations or EVALUATIONS),
+            _stage(context, i),
+            [{}] * _evaluations(context),
             _Objective(context, i, list(chosen), trade_off),
             gp_sampler(settings.seed + 1000 * i, _STARTUP),
         )
@@ -50,6 +56,14 @@ def search_layerwise(context: Context, trade_off: float) -> tuple[Theta, ...]:
         winner = min(trials, key=lambda trial: (trial.value, trial.user_attrs["slot"]))
         chosen[i] = Theta(pruning_rate_of(winner.params["sparsity"]), winner.params["bits"])
     return tuple(theta for theta in chosen if theta is not None)
+
+
+def _stage(context: Context, i: int) -> str:
+    return f"layer {i}: {context.groups[i].name}"
+
+
+def _evaluations(context: Context) -> int:
+    return context.settings.evaluations or EVALUATIONS
 
 
 class _Objective:

@@ -14,9 +14,10 @@ from optuna.trial import FrozenTrial
 
 from clipq.plan import Plan
 from clipq.search.allocate import Point, largest, plan_at, trade_off
-from clipq.search.candidates import clusters_of, perturbed, starting_plans
+from clipq.search.candidates import STARTING_PLANS, clusters_of, perturbed, starting_plans
 from clipq.search.context import Context, gp_sampler, value_of
 from clipq.search.groups import Theta, plan_of, thetas_of
+from clipq.search.progress import Kind
 from clipq.search.record import CurvePoint, Evaluation
 from clipq.search.sizes import pruning_rate_of
 from clipq.search.study import suggest
@@ -66,6 +67,20 @@ class Prediction:
     interaction: Interaction
 
 
+def expect_stages(context: Context, target: Target) -> None:
+    """The stages of `predict`."""
+    expect = context.schedule.expect
+    judged: Kind = "whole plan" if context.recover is None else "fine-tuned plan"
+    expect("alone", "one group", _evaluations(context) * len(context.groups))
+    expect("whole", "whole plan", _WHOLE_PLANS)
+    if target.max_drop is not None:
+        for n in range(_BISECTIONS):
+            expect(f"drop {n}", judged, 1)
+    expect("candidates", judged, STARTING_PLANS, competes=True)
+    if context.settings.refinements:
+        expect("refine", judged, context.settings.refinements, competes=True)
+
+
 def predict(context: Context, target: Target) -> Prediction:
     """θ of every group for a target.
 
@@ -89,10 +104,9 @@ def predict(context: Context, target: Target) -> Prediction:
 
 
 def _surfaces(context: Context) -> tuple[ErrorSurface, ...]:
-    n = context.settings.evaluations or EVALUATIONS
     slots = []
     for i, size in enumerate(context.sizes):
-        for bits, sparsity in _design(n, context.settings.bits):
+        for bits, sparsity in _design(_evaluations(context), context.settings.bits):
             slots.append({"group": i, "bits": bits, "sparsity": min(sparsity, size.highest)})
     groups = IntDistribution(0, len(context.groups))
     widths = IntDistribution(1, 8)
@@ -151,12 +165,11 @@ def _size_for(context: Context, target: Target, curve: Sequence[Point], interact
         best = min(curve, key=lambda p: interaction.whole(p.cost) + price * p.bytes)
         return round(best.bytes + rest)
     assert target.max_drop is not None
-    float_score = _float_score(context)
     low, high = math.log(curve[0].bytes), math.log(curve[-1].bytes)
     met = high
     for n in range(_BISECTIONS):
         middle = (low + high) / 2
-        drop = _drop(context, f"drop {n}", plan_at(curve, context.sizes, math.exp(middle)), rest, float_score)
+        drop = _drop(context, f"drop {n}", plan_at(curve, context.sizes, math.exp(middle)), rest)
         context.evaluations.append(Evaluation("drop", drop, bytes=math.exp(middle) + rest))
         if drop <= target.max_drop:
             met = high = middle
@@ -170,18 +183,14 @@ def _size_for(context: Context, target: Target, curve: Sequence[Point], interact
     return round(math.exp(met) + rest)
 
 
-def _float_score(context: Context) -> float:
-    return value_of(context.one("drop of the float model", lambda trial: context.evaluator.validated(context.validate)))
-
-
-def _drop(context: Context, stage: str, thetas: Sequence[Theta], rest: float, float_score: float) -> float:
+def _drop(context: Context, stage: str, thetas: Sequence[Theta], rest: float) -> float:
     plan = plan_of(context.groups, thetas)
     size = round(context.predicted_bytes(thetas) + rest)
 
     def evaluate(trial: optuna.Trial) -> float:
         return context.evaluator.validated(context.validate, plan, context.recover, size)
 
-    return value_of(context.one(stage, evaluate)) - float_score
+    return value_of(context.one(stage, evaluate)) - context.base_score
 
 
 def _refine(context: Context, plans: dict[str, tuple[Theta, ...]], wanted: int, rest: float) -> tuple[Theta, ...]:
@@ -190,11 +199,8 @@ def _refine(context: Context, plans: dict[str, tuple[Theta, ...]], wanted: int, 
 
     def cost_of(trial: optuna.Trial, thetas: Sequence[Theta]) -> float:
         plan = plan_of(context.groups, thetas)
-        if context.recover is None:
-            cost = context.evaluator.at(context.groups, thetas)
-        else:
-            cost, plan = context.evaluator.recovered(plan, context.recover, wanted)
-        trial.set_user_attr("plan", json.loads(plan.to_json()))
+        cost, _, ended = context.evaluator.of_plan(plan, context.recover, wanted)
+        trial.set_user_attr("plan", json.loads(ended.to_json()))
         return cost
 
     def of_a_name(trial: optuna.Trial) -> float:
@@ -241,6 +247,10 @@ def _design(n: int, bits: tuple[int, int]) -> list[tuple[int, float]]:
     for k in range(n - len(points)):
         points.append((2 + k % 4, 6.0 * ((k + 1) * golden % 1)))
     return [(min(max(b, bits[0]), bits[1]), s) for b, s in points]
+
+
+def _evaluations(context: Context) -> int:
+    return context.settings.evaluations or EVALUATIONS
 
 
 def _resolution(context: Context) -> float:

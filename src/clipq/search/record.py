@@ -86,7 +86,8 @@ class SearchRecord:
         base_cost: ``evaluate`` of the full-precision model.
         bytes: of the plan's file, before any training after the search.
         cost: of the plan, as `bytes`; after ``recover``, if there was one.
-        drop: how much worse than the full-precision model ``validate`` finds the plan, if it was asked.
+        drop: how much worse than the full-precision model ``validate`` (or else ``evaluate``) finds the plan; after
+            ``recover``, if there was one.
         interaction: how the cost of whole plans follows the sum of their groups' alone: log(whole) is about
             ``interaction[0] + interaction[1] * log(sum)``.
         sensitivity: the groups' error surfaces, where the method has them.
@@ -100,7 +101,7 @@ class SearchRecord:
     base_cost: float
     bytes: int
     cost: float
-    drop: float | None
+    drop: float
     groups: tuple[GroupRecord, ...]
     evaluations: tuple[Evaluation, ...]
     curve: tuple[CurvePoint, ...] = ()

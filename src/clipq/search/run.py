@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import ParamSpec
 
 from torch import nn
 
@@ -13,6 +15,19 @@ from clipq.search.groups import groups_of, plan_of
 from clipq.search.record import SearchRecord
 from clipq.search.settings import Settings, Silent, Watcher
 from clipq.search.target import Target
+
+Arguments = ParamSpec("Arguments")
+
+
+def _for_its_plan(run: Callable[Arguments, SearchRecord]) -> Callable[Arguments, Plan]:
+    """A search that gives the plan alone."""
+
+    @functools.wraps(run)
+    def search(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Plan:
+        return run(*args, **kwargs).plan
+
+    search.__name__ = search.__qualname__ = "search"
+    return search
 
 
 def run_search(
@@ -30,17 +45,42 @@ def run_search(
     depends: Mapping[str, object] | None = None,
     watcher: Watcher | None = None,
 ) -> SearchRecord:
-    """Search a plan, as `clipq.search` does, and give everything that was found on the way.
+    """Choose every tensor's pruning rate and bit width (paper, section 3.3).
+
+    The model is evaluated in place and has its own weights again whenever the search returns or raises.
 
     Args:
+        model: trained.
+        evaluate: gives a model's cost, lower is better, on data that the search may see: an error, or better a loss,
+            which tells more. See `clipq.search.evaluator.Evaluate`.
+        target: what to reach; see `Target`.
+        settings: how to search.
+        validate: what ``max_drop`` is measured by, if not by ``evaluate``.
+        recover: fine-tunes for a few steps under a plan, so that candidates are judged by what fine-tuning makes of
+            them; see `clipq.search.evaluator.Recover`.
+        include, exclude: globs on parameter names, as in `Plan.uniform`.
+        storage: a journal file or database URL that other processes with the same arguments share, and from which an
+            interrupted search goes on.
         name: of the search in the storage.
         depends: what else the evaluations depend on, in a few words each; processes that share a storage must agree.
         watcher: is told of the progress.
+
+    Returns:
+        `clipq.search`: a plan whose file, with the model's weights as they are, meets the target.
+        `clipq.search.run_search`: that plan, and everything that was found on the way.
+
+    Raises:
+        SearchError: the target cannot be met; ``evaluate`` raises, gives no number or changes the model; the storage
+            cannot be reached or holds a search for something else.
+
+    Example:
+        >>> plan = clipq.search(model, validation_loss, clipq.Target(ratio=15))
     """
     # Here and not above: these import Optuna, SciPy and scikit-learn, which takes a while.
-    from clipq.search.context import Context, fingerprint, group_records, value_of
-    from clipq.search.layerwise import search_layerwise
-    from clipq.search.predict import predict
+    from clipq.search.context import Context, fingerprint, group_records
+    from clipq.search.fit import fit
+    from clipq.search.layerwise import expect_layers, search_layerwise
+    from clipq.search.predict import expect_stages, predict
     from clipq.search.sensitivity import sensitivities
     from clipq.search.sizes import measure_sizes
     from clipq.search.study import Worker, open_storage
@@ -61,6 +101,12 @@ def run_search(
     with context.timed("sizes"):
         bits = range(settings.bits[0], settings.bits[1] + 1)
         context.sizes = measure_sizes(groups, evaluator.weights, bits, settings.highest_pruning_rate)
+    context.schedule.expect("base", "whole plan", 1)
+    if settings.method == "layerwise":
+        expect_layers(context)
+    else:
+        expect_stages(context, target)
+    context.schedule.expect("plan", "whole plan" if recover is None else "fine-tuned plan", 1)
     with worker.alive():
         context.measure_base()
         prediction = None
@@ -73,9 +119,9 @@ def run_search(
         if wanted is None:
             size = context.file_bytes(thetas)
         else:
-            thetas, size = context.fit(thetas, wanted)
+            thetas, size = fit(context.sizes, thetas, wanted, context.file_bytes)
         plan = plan_of(groups, thetas)
-        final = context.one("plan", lambda trial: evaluator.of_plan(plan, recover, wanted or size))
+        cost, drop = context.measure_plan(plan, wanted or size)
         costs = None if prediction is None else [s.cost(t) for s, t in zip(prediction.surfaces, thetas, strict=True)]
     return SearchRecord(
         method=settings.method,
@@ -84,8 +130,8 @@ def run_search(
         float32_bytes=context.float32_bytes,
         base_cost=context.base_cost,
         bytes=size,
-        cost=value_of(final),
-        drop=None,
+        cost=cost,
+        drop=drop,
         groups=group_records(context, thetas, size, costs),
         evaluations=tuple(context.evaluations),
         curve=() if prediction is None else prediction.curve,
@@ -97,53 +143,4 @@ def run_search(
     )
 
 
-def search(
-    model: nn.Module,
-    evaluate: Evaluate,
-    target: Target,
-    *,
-    settings: Settings | None = None,
-    validate: Evaluate | None = None,
-    recover: Recover | None = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    storage: str | None = None,
-) -> Plan:
-    """Choose every tensor's pruning rate and bit width (paper, section 3.3).
-
-    The model is evaluated in place and has its own weights again whenever the search returns or raises.
-
-    Args:
-        model: trained.
-        evaluate: gives a model's cost, lower is better, on data that the search may see: an error, or better a loss,
-            which tells more. See `clipq.search.evaluator.Evaluate`.
-        target: what to reach; see `Target`.
-        settings: how to search.
-        validate: what ``max_drop`` is measured by, if not by ``evaluate``.
-        recover: fine-tunes for a few steps under a plan, so that candidates are judged by what fine-tuning makes of
-            them; see `clipq.search.evaluator.Recover`.
-        include, exclude: globs on parameter names, as in `Plan.uniform`.
-        storage: a journal file or database URL that other processes with the same arguments share, and from which an
-            interrupted search goes on.
-
-    Returns:
-        A plan whose file, with the model's weights as they are, meets the target.
-
-    Raises:
-        SearchError: the target cannot be met; ``evaluate`` raises, gives no number or changes the model; the storage
-            cannot be reached or holds a search for something else.
-
-    Example:
-        >>> plan = clipq.search(model, validation_loss, clipq.Target(ratio=15))
-    """
-    return run_search(
-        model,
-        evaluate,
-        target,
-        settings=settings,
-        validate=validate,
-        recover=recover,
-        include=include,
-        exclude=exclude,
-        storage=storage,
-    ).plan
+search = _for_its_plan(run_search)

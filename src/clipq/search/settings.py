@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from clipq.errors import SearchError
 from clipq.search.record import Method
+
+if TYPE_CHECKING:  # it imports Optuna, which takes a while
+    from clipq.search.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Watcher(Protocol):
     def stage(self, name: str, total: int) -> None:
         """A stage of so many evaluations begins."""
 
-    def evaluated(self, done: int, best: float) -> None:
-        """So many of the stage's evaluations are done; the lowest cost among them."""
+    def evaluated(self, progress: Progress) -> None:
+        """Evaluations were done, by this process or another."""
 
     def note(self, text: str) -> None:
         """Something worth a line happened."""
@@ -62,6 +65,6 @@ class Silent:
 
     def stage(self, name: str, total: int) -> None: ...
 
-    def evaluated(self, done: int, best: float) -> None: ...
+    def evaluated(self, progress: Progress) -> None: ...
 
     def note(self, text: str) -> None: ...

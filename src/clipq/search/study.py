@@ -173,7 +173,7 @@ class Worker:
             evaluate: gives the value of a trial, having asked it for its parameters.
             sampler: made from the slot's number, so that no two slots see the same random numbers, whoever evaluates
                 them; none is needed where all parameters are fixed.
-            progress: is told of all finished trials after each one.
+            progress: is told of all trials, at first and after each that is finished.
 
         Raises:
             SearchError: the storage cannot be reached any more.
@@ -186,7 +186,7 @@ class Worker:
                 finished = [t for t in trials if t.state == TrialState.COMPLETE]
                 if progress is not None and len(finished) != seen:
                     seen = len(finished)
-                    progress(finished)
+                    progress(trials)
                 if len(finished) == len(slots):
                     return sorted(finished, key=lambda t: int(t.user_attrs[_SLOT]))
                 waiting = [t for t in trials if t.state == TrialState.WAITING]
