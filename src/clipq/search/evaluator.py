@@ -50,6 +50,10 @@ class Evaluator:
         """The full-precision weights, and the buffers, by name."""
         return self._state.values
 
+    def kept_bytes(self) -> int:
+        """Of the activations that are kept now."""
+        return 0 if self._prefix is None else self._prefix[2].kept_bytes()
+
     def restore(self) -> None:
         """Make the model what it was at first: its weights, buffers, modules and flags."""
         self._state.put_back(self._state.values)

@@ -27,7 +27,7 @@ from clipq.search.target import Target
 EVALUATIONS = 10
 _DESIGN = ((2, 0.8), (3, 0.3), (3, 1.5), (4, 3.0), (2, 2.2), (5, 0.1), (4, 1.0), (3, 4.2), (2, 0.1), (3, 2.3))
 """Where a group is evaluated alone, first to last: bits and sparsity; further ones are spread evenly."""
-_WHOLE_PLANS = 6
+WHOLE_PLANS = 6
 _RESOLUTION = 1e-5
 _BISECTIONS = 6
 _SHIFT, _MORE_BITS = 0.8, 1
@@ -72,7 +72,7 @@ def expect_stages(context: Context, target: Target) -> None:
     expect = context.schedule.expect
     judged: Kind = "whole plan" if context.recover is None else "fine-tuned plan"
     expect("alone", "one group", _evaluations(context) * len(context.groups))
-    expect("whole", "whole plan", _WHOLE_PLANS)
+    expect("whole", "whole plan", WHOLE_PLANS)
     if target.max_drop is not None:
         for n in range(_BISECTIONS):
             expect(f"drop {n}", judged, 1)
@@ -137,14 +137,14 @@ def _surfaces(context: Context) -> tuple[ErrorSurface, ...]:
 
 def _whole_plans(context: Context, curve: Sequence[Point], rest: float) -> tuple[Interaction, tuple[CurvePoint, ...]]:
     """How far the sum of the groups' costs is from the cost of whole plans, and the curve corrected for it."""
-    budgets = np.geomspace(curve[0].bytes * 1.5, curve[-1].bytes * 0.9, _WHOLE_PLANS)
+    budgets = np.geomspace(curve[0].bytes * 1.5, curve[-1].bytes * 0.9, WHOLE_PLANS)
     chosen = [min(curve, key=lambda p, b=budget: abs(math.log(p.bytes / b))) for budget in budgets]  # type: ignore[misc]
 
     def evaluate(trial: optuna.Trial) -> float:
-        n = suggest(trial, "plan", IntDistribution(0, _WHOLE_PLANS))
+        n = suggest(trial, "plan", IntDistribution(0, WHOLE_PLANS))
         return context.evaluator.at(context.groups, chosen[n].thetas)
 
-    trials = context.run_stage("whole", [{"plan": n} for n in range(_WHOLE_PLANS)], evaluate)
+    trials = context.run_stage("whole", [{"plan": n} for n in range(WHOLE_PLANS)], evaluate)
     whole = [value_of(trial) for trial in trials]
     interaction = Interaction.fit(
         [p.cost for p in chosen], [w - context.base_cost for w in whole], _resolution(context)

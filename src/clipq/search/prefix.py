@@ -33,6 +33,10 @@ class _Run:
     first_input: Tensor
     outputs: dict[nn.Module, list[_Output | None]] = field(default_factory=dict)  # None: this call is to be run
 
+    def nbytes(self) -> int:
+        kept = (output for outputs in self.outputs.values() for output in outputs if output)
+        return self.first_input.nbytes + sum(output.tensor.nbytes for output in kept)
+
 
 class PrefixCache:
     """The activations before the modules that hold some parameters.
@@ -64,6 +68,10 @@ class PrefixCache:
         else:
             with self._replaying(self._runs):
                 yield
+
+    def kept_bytes(self) -> int:
+        """Of the activations, and of the inputs that they belong to."""
+        return sum(run.nbytes() for run in self._runs or [])
 
     @contextmanager
     def _replaying(self, runs: list[_Run]) -> Iterator[None]:
