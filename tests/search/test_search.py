@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import clipq
 from clipq import Target
 from clipq.attach import attach
 from clipq.errors import PlanError, SearchError
+from clipq.hold import file_bytes
 from clipq.search import Settings, run_search
 from tests.search.nets import (
     classification_loss,
+    digits,
+    small_regression,
     trained_classifier,
     trained_language_model,
     trained_regression,
 )
 
-QUICK = Settings(evaluations=6, refinements=6)
+QUICK = Settings(evaluations=4, refinements=3)
 
 
-def file_of(model: nn.Module, plan: clipq.Plan, path: Path) -> int:
-    """The bytes of the file of a model quantized by a plan, without training."""
+@pytest.fixture(scope="module")
+def classifier() -> nn.Module:
+    """Trained; a search leaves it as it was."""
+    return trained_classifier(60)
+
+
+def file_of(model: nn.Module, plan: clipq.Plan) -> int:
+    """Quantize a model by a plan, without training; the bytes of its file."""
     attach(model, torch.optim.SGD(model.parameters(), lr=0.1), plan).detach()
-    return clipq.save(model, path, plan=plan).bytes
+    return file_bytes(model, plan)
 
 
 @pytest.mark.parametrize("ratio", [6, 12, 25])
-def test_the_file_of_the_plan_meets_a_ratio(ratio: float, tmp_path: Path) -> None:
-    model = trained_classifier()
+def test_the_file_of_the_plan_meets_a_ratio(ratio: float, classifier: nn.Module) -> None:
+    model = copy.deepcopy(classifier)
     record = run_search(model, classification_loss, Target(ratio=ratio), settings=QUICK, include=["*.bias"])
-    size = file_of(model, record.plan, tmp_path / "model.clipq")
+    size = file_of(model, record.plan)
     assert size == record.bytes
     assert 0.98 * record.float32_bytes / ratio <= size <= record.float32_bytes / ratio
 
 
 @pytest.mark.parametrize("make", [trained_regression, trained_language_model])
-def test_any_cost_can_be_searched_with(make, tmp_path: Path) -> None:
+def test_any_cost_can_be_searched_with(make) -> None:
     model, cost = make()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan = clipq.search(model, cost, Target(ratio=7), settings=QUICK)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     own = {t.data_ptr(): t.numel() for t in model.state_dict().values()}
     target = 4 * sum(own.values()) / 7
-    assert 0.97 * target <= file_of(model, plan, tmp_path / "model.clipq") <= target
+    assert 0.97 * target <= file_of(model, plan) <= target
 
 
 def test_it_finds_what_matters() -> None:
@@ -65,32 +75,47 @@ def test_it_finds_what_matters() -> None:
     assert unseen.pruning_rate > seen.pruning_rate + 0.2
 
 
-def test_a_drop_is_kept() -> None:
-    model = trained_classifier()
-    base = classification_loss(model)
-    record = run_search(model, classification_loss, Target(max_drop=0.1), settings=QUICK, include=["*.bias"])
-    assert record.cost <= base + 0.1
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_drop_is_kept(validated: bool, classifier: nn.Module) -> None:
+    x, y = digits()
+
+    def validate(network: nn.Module) -> float:
+        return float(F.cross_entropy(network(x[500:]), y[500:]))
+
+    base = (validate if validated else classification_loss)(classifier)
+    record = run_search(
+        classifier,
+        classification_loss,
+        Target(max_drop=0.1),
+        settings=QUICK,
+        include=["*.bias"],
+        validate=validate if validated else None,
+    )
+    assert record.drop <= 0.1
+    file_of(model := copy.deepcopy(classifier), record.plan)
+    found = (validate if validated else classification_loss)(model) - base
+    assert record.drop == pytest.approx(found, abs=1e-6)
     assert record.bytes < record.float32_bytes / 5
 
 
-def test_the_papers_search_follows_its_knob() -> None:
-    model = trained_classifier()
-    settings = Settings(method="layerwise", evaluations=10)
+def test_the_papers_search_follows_its_knob(classifier: nn.Module) -> None:
+    settings = Settings(method="layerwise", evaluations=9)
     sizes = [
-        run_search(model, classification_loss, Target(trade_off=trade_off), settings=settings).bytes
+        run_search(classifier, classification_loss, Target(trade_off=trade_off), settings=settings).bytes
         for trade_off in (0.1, 10.0)
     ]
     assert sizes[1] < 0.8 * sizes[0]
 
 
 def test_a_search_is_repeatable() -> None:
-    model = trained_classifier()
-    plans = [clipq.search(model, classification_loss, Target(ratio=12), settings=QUICK) for _ in range(2)]
+    model, cost = small_regression()
+    settings = Settings(evaluations=3, refinements=9)
+    plans = [clipq.search(model, cost, Target(ratio=5), settings=settings) for _ in range(2)]
     assert plans[0] == plans[1]
 
 
-def test_recover_is_what_candidates_are_judged_by() -> None:
-    model = trained_classifier()
+def test_recover_is_what_candidates_are_judged_by(classifier: nn.Module) -> None:
+    model = classifier
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     recovered = []
 
@@ -101,7 +126,7 @@ def test_recover_is_what_candidates_are_judged_by() -> None:
         attachment.detach()
         return attachment.plan
 
-    settings = Settings(evaluations=4, refinements=3)
+    settings = Settings(evaluations=3, refinements=3)
     record = run_search(model, classification_loss, Target(ratio=15), settings=settings, recover=recover)
     assert len(recovered) >= 9 + 3
     assert record.bytes <= record.float32_bytes / 15
@@ -117,16 +142,20 @@ def test_a_model_without_weights_to_compress() -> None:
         clipq.search(nothing_to_compress(), lambda m: 0.0, Target(ratio=5))
 
 
-def test_a_target_below_what_the_rest_takes() -> None:
-    model = trained_classifier()
+def test_a_number_is_no_target() -> None:
+    with pytest.raises(SearchError, match=r"target is 15; give a clipq\.Target, such as"):
+        clipq.search(*small_regression(), 15)  # type: ignore[arg-type]
+
+
+def test_a_target_below_what_the_rest_takes(classifier: nn.Module) -> None:
     with pytest.raises(
         SearchError, match=r"the target of 200 bytes cannot be met: the smallest file .* has [\d,]+ bytes"
     ):
-        clipq.search(model, classification_loss, Target(bytes=200))
+        clipq.search(classifier, classification_loss, Target(bytes=200))
 
 
 def test_a_target_above_the_largest_plan_is_noted() -> None:
-    record = run_search(trained_classifier(), classification_loss, Target(bytes="1MB"), settings=QUICK)
+    record = run_search(*small_regression(), Target(bytes="1MB"), settings=QUICK)
     assert "that is the nearest" in record.notes[0]
 
 
@@ -156,4 +185,4 @@ def test_settings_out_of_range(values: dict[str, object]) -> None:
 
 def test_the_papers_search_takes_its_knob_alone() -> None:
     with pytest.raises(SearchError, match="has one knob, trade_off"):
-        clipq.search(trained_classifier(), classification_loss, Target(ratio=5), settings=Settings(method="layerwise"))
+        clipq.search(*small_regression(), Target(ratio=5), settings=Settings(method="layerwise"))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import optuna
@@ -20,12 +20,16 @@ from optuna.trial import TrialState
 import clipq
 from clipq import Target
 from clipq.errors import SearchError
+from clipq.search import SearchRecord
 from clipq.search.study import open_storage
-from tests.search.nets import classification_loss, trained_classifier
+from tests.search.nets import small_regression
 
 WORKER = Path(__file__).parents[1] / "workers" / "search.py"
-EVALUATIONS = {"base": 1, "alone": 2 * 6, "whole": 6, "candidates": 9, "refine": 6, "plan": 1}
+EVALUATIONS = {"base": 1, "alone": 2 * 4, "whole": 6, "candidates": 9, "refine": 10, "plan": 1}
 """Of each stage of the workers' search, which is over two tensors."""
+TOLERANCE = 0.1
+"""By how much the cost of a shared search's plan may exceed a single worker's. The refinement knows, when it chooses a
+plan, the evaluations that are finished by then, and those differ."""
 
 
 def start(storage: str, out: Path, seconds: float = 0.0, *change: str) -> subprocess.Popen[bytes]:
@@ -61,16 +65,30 @@ def check_every_evaluation_is_there_once(storage: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> clipq.Plan:
-    """What a single worker finds."""
-    out = tmp_path_factory.mktemp("alone") / "plan.json"
-    finish(start(str(out.with_name("journal")), out))
-    return clipq.Plan.load(out)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a single worker's search: its ``journal``, and its record, ``found``."""
+    folder = tmp_path_factory.mktemp("alone")
+    finish(start(str(folder / "journal"), folder / "found"))
+    return folder
+
+
+def record(out: Path) -> SearchRecord:
+    return SearchRecord.from_json(out.read_text())
+
+
+def check_as_good_as(alone: Path, found: Sequence[SearchRecord]) -> None:
+    """All workers came to one plan, of the same target, which is as good as a single worker's."""
+    by_one = record(alone / "found")
+    for other in found:
+        assert other.plan == found[0].plan
+        assert other.target_bytes == by_one.target_bytes
+        assert 0.98 * by_one.target_bytes <= other.bytes <= by_one.target_bytes
+        assert other.cost <= (1 + TOLERANCE) * by_one.cost
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_two_workers_on_a_file_share_the_evaluations(kind: str, tmp_path: Path, alone: clipq.Plan) -> None:
+def test_two_workers_on_a_file_share_the_evaluations(kind: str, tmp_path: Path, alone: Path) -> None:
     storage = str(tmp_path / "study") if kind == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
     outs = [tmp_path / "a", tmp_path / "b"]
     workers = [start(storage, out, 0.05) for out in outs]
@@ -80,31 +98,29 @@ def test_two_workers_on_a_file_share_the_evaluations(kind: str, tmp_path: Path, 
     counts = [evaluations_of(out) for out in outs]
     assert sum(counts) == sum(EVALUATIONS.values())
     assert min(counts) >= 3
-    plans = [clipq.Plan.load(out) for out in outs]
-    assert plans[0] == plans[1]
+    check_as_good_as(alone, [record(out) for out in outs])
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, alone: clipq.Plan) -> None:
+def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, alone: Path) -> None:
     storage = str(tmp_path / "journal")
     first, second = tmp_path / "first", tmp_path / "second"
     worker = start(storage, first, 0.05)
-    wait_for(first, 15)
+    wait_for(first, 12)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     finish(start(storage, second))
     check_every_evaluation_is_there_once(storage)
     # At most the one evaluation that was under way is made again.
     assert evaluations_of(first) + evaluations_of(second) <= sum(EVALUATIONS.values()) + 1
-    assert clipq.Plan.load(second).tensors.keys() == alone.tensors.keys()
+    # One worker sees the same evaluations in the same order, killed or not.
+    assert record(second).plan == record(alone / "found").plan
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), [("model", "model ("), ("target", "target (")])
-def test_a_study_for_something_else_is_refused(change: str, message: str, tmp_path: Path) -> None:
-    storage = str(tmp_path / "journal")
-    finish(start(storage, tmp_path / "a"))
-    other = start(storage, tmp_path / "b", 0.0, change)
+def test_a_study_for_something_else_is_refused(change: str, message: str, tmp_path: Path, alone: Path) -> None:
+    other = start(str(alone / "journal"), tmp_path / "b", 0.0, change)
     _, errors = other.communicate(timeout=120)
     assert other.returncode != 0
     assert "was made for something else" in errors.decode()
@@ -142,18 +158,19 @@ def postgresql() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_four_workers_on_a_database_of_which_one_is_killed(postgresql: str, tmp_path: Path, alone: clipq.Plan) -> None:
+def test_four_workers_on_a_database_of_which_one_is_killed(postgresql: str, tmp_path: Path, alone: Path) -> None:
     outs = [tmp_path / f"worker{i}" for i in range(4)]
-    workers = [start(postgresql, out, 0.3) for out in outs]
+    workers = [start(postgresql, out, 0.2) for out in outs]
     wait_for(outs[0], 2)
     workers[0].send_signal(signal.SIGKILL)
     workers[0].wait()
     for worker in workers[1:]:
         finish(worker)
     check_every_evaluation_is_there_once(postgresql)
-    plans = [clipq.Plan.load(out) for out in outs[1:]]
-    assert plans[0] == plans[1] == plans[2]
-    assert plans[0].tensors.keys() == alone.tensors.keys()
+    # At most the one evaluation that was under way is made again.
+    made = sum(evaluations_of(out) for out in outs)
+    assert sum(EVALUATIONS.values()) <= made <= sum(EVALUATIONS.values()) + 1
+    check_as_good_as(alone, [record(out) for out in outs[1:]])
 
 
 @pytest.mark.parametrize(
@@ -162,4 +179,4 @@ def test_four_workers_on_a_database_of_which_one_is_killed(postgresql: str, tmp_
 def test_a_storage_that_cannot_be_reached(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SearchError, match=r"the search's storage '.*' cannot be used: .*Give the path of"):
-        clipq.search(trained_classifier(5), classification_loss, Target(ratio=8), storage=storage)
+        clipq.search(*small_regression(), Target(ratio=8), storage=storage)

@@ -28,7 +28,7 @@ from clipq.errors import SearchError
 from clipq.search import Settings, study
 from clipq.search.context import gp_sampler
 from clipq.search.study import Worker, open_storage, suggest
-from tests.search.nets import classification_loss, trained_classifier
+from tests.search.nets import small_regression
 
 SLOTS = [{"x": float(i)} for i in range(4)]
 
@@ -200,21 +200,21 @@ def test_a_worker_with_another_fingerprint_is_refused_though_both_start_at_once(
 
 @pytest.mark.parametrize("after", [3, 14, 22])
 def test_a_search_that_went_on_comes_to_the_same_plan(after: int, tmp_path: Path) -> None:
-    model, settings, left = trained_classifier(), Settings(evaluations=4, refinements=10), after
+    (model, cost), settings, left = small_regression(), Settings(evaluations=4, refinements=10), after
 
     def interrupted(network: Any) -> float:
         nonlocal left
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
-        return classification_loss(network)
+        return cost(network)
 
     def search(evaluate: Any, storage: str | None) -> clipq.Plan:
-        return clipq.search(model, evaluate, Target(ratio=10), settings=settings, storage=storage)
+        return clipq.search(model, evaluate, Target(ratio=5), settings=settings, storage=storage)
 
     with pytest.raises(KeyboardInterrupt):
         search(interrupted, str(tmp_path / "journal"))
-    assert search(classification_loss, str(tmp_path / "journal")) == search(classification_loss, None)
+    assert search(cost, str(tmp_path / "journal")) == search(cost, None)
 
 
 def test_a_storage_that_fails_during_the_search_is_named(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
     python search.py STORAGE OUT SECONDS [CHANGE]
 
-SECONDS is how long each evaluation takes at least; every evaluation is a line of OUT.log, the plan goes to OUT. CHANGE
-"model" makes the model another one, "target" the target.
+SECONDS is how long each evaluation takes at least; every evaluation is a line of OUT.log, the record of the search goes
+to OUT. CHANGE "model" makes the model another one, "target" the target.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import clipq
 from clipq import Target
-from clipq.search import Settings
+from clipq.search import Settings, run_search
 
 
 def main() -> None:
@@ -36,8 +35,8 @@ def main() -> None:
         return float((network(x) - wanted).square().mean())
 
     target = Target(ratio=9 if "target" in change else 8)
-    settings = Settings(evaluations=6, refinements=6)
-    Path(out).write_text(clipq.search(model, cost, target, settings=settings, storage=storage).to_json())
+    settings = Settings(evaluations=4, refinements=10)
+    Path(out).write_text(run_search(model, cost, target, settings=settings, storage=storage).to_json())
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ def run_search(
     from clipq.search.sizes import measure_sizes
     from clipq.search.study import Worker, open_storage
 
+    if not isinstance(target, Target):
+        raise SearchError(f"target is {target!r}; give a clipq.Target, such as clipq.Target(ratio=15)")
     settings, watcher = settings or Settings(), watcher or Silent()
     if settings.method == "layerwise" and target.trade_off is None:
         raise SearchError(
