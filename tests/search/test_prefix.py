@@ -114,6 +114,30 @@ class Attends(Net):
         return self.norm(self.attention(x, x, x)[0] + x)
 
 
+class Opaque(nn.Module):
+    """Uses its input and weight without a function of torch that can be seen, as an extension does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(N, N))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return x @ self.weight
+
+
+class ReadsThroughAnExtension(Net):
+    def body(self, x: Tensor) -> Tensor:
+        return self.opaque(self.inner(x))
+
+
+class ReadsWhatWasThroughEarlier(Net):
+    def body(self, x: Tensor) -> Tensor:
+        first = self.inner(x)
+        second = self.other(first)
+        return self.last(second) * first.mean() + second
+
+
 NETS: list[Callable[[], Net]] = [
     lambda: ReadsWhatAnInPlaceModuleWrote(act=nn.ReLU(inplace=True), inner=nn.Linear(N, N)),
     lambda: ReadsWhatAnInPlaceBlockWrote(block=nn.Sequential(nn.ReLU(inplace=True), nn.Linear(N, N))),
@@ -124,13 +148,15 @@ NETS: list[Callable[[], Net]] = [
     lambda: ReadsAnAttribute(keeper=nn.Sequential(Keeps())),
     lambda: CallsAModuleAgain(inner=nn.Linear(N, N)),
     lambda: TakesKeywords(inner=nn.Linear(N, N), other=nn.Linear(N, N)),
+    lambda: ReadsThroughAnExtension(inner=nn.Linear(N, N), opaque=Opaque()),
     lambda: Recurrent(lstm=nn.LSTM(N, N), inner=nn.Linear(N, N)),
+    lambda: ReadsWhatWasThroughEarlier(inner=nn.Linear(N, N), other=nn.Linear(N, N), last=nn.Linear(N, N)),
     lambda: Attends(attention=nn.MultiheadAttention(N, 2), norm=nn.LayerNorm(N)),
 ]
 
 
 def check(model: nn.Module, cost: Callable[[nn.Module], float], memory: int) -> None:
-    groups = groups_of(model)
+    groups = groups_of(model, include=["*opaque.weight"] if hasattr(model, "opaque") else [])
     plain, kept = Evaluator(model, cost, 0), Evaluator(model, cost, memory)
     for i in range(len(groups)):
         for rate in (0.3, 0.6, 0.9):
@@ -194,3 +220,15 @@ def test_a_model_is_left_without_hooks_and_with_its_own_forward() -> None:
     check(model, lambda m: float(m(torch.ones(2, N)).sum()), 2**30)
     assert [list(vars(module)) for module in model.modules()] == [list(b) for b in before]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_of_a_chain_the_last_output_alone_is_kept() -> None:
+    layers = [nn.Sequential(nn.Linear(N, N), nn.ReLU()) for _ in range(5)]
+    model, x = nn.Sequential(*layers, nn.Linear(N, N)), torch.ones(7, N)
+    groups = groups_of(model)
+    evaluator = Evaluator(model, lambda m: float(m(x).sum()), 2**30)
+    for i in range(1, len(groups)):
+        thetas: list[Theta | None] = [None] * len(groups)
+        thetas[i] = Theta(0.5, 3)
+        evaluator.at(groups, thetas, changing=i)
+        assert evaluator.kept_bytes() == 2 * x.nbytes  # the input, and what goes into the changed layer

@@ -1,7 +1,8 @@
 """Keep the activations before a changed layer, so that evaluations which differ in that layer do not repeat them.
 
 While the cache is active, a module that was through before the layer was first reached gives back what it gave the
-first time. A module that contains the layer is run, and so is everything after the layer.
+first time. A module that contains the layer is run, and so is everything after the layer. Of an output that goes only
+into modules which are not run, the shape alone is kept.
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ class _Output:
     version: int  # of the module's own output when it was given
     original: Tensor | None  # None where torch does not count versions
     written: bool = False  # what follows writes into it: every use needs a copy
+    needed: bool = True  # other than by modules that are not run
+
+    def nbytes(self) -> int:
+        return self.tensor.nbytes if self.needed else 0
+
+    def drop_unneeded(self) -> None:
+        if not self.needed:
+            self.tensor = self.tensor.new_zeros(()).expand(self.tensor.shape)
 
 
 @dataclass
@@ -35,7 +44,7 @@ class _Run:
 
     def nbytes(self) -> int:
         kept = (output for outputs in self.outputs.values() for output in outputs if output)
-        return self.first_input.nbytes + sum(output.tensor.nbytes for output in kept)
+        return self.first_input.nbytes + sum(output.nbytes() for output in kept)
 
 
 class PrefixCache:
@@ -62,7 +71,7 @@ class PrefixCache:
         if any(isinstance(m, torch.jit.ScriptModule) for m in self._model.modules()):
             yield  # a script's forward cannot be replaced
         elif self._runs is None:
-            with _Recorder(self._model, self._memory) as recorder, _Uses(self._changed, recorder):
+            with _Recorder(self._model, self._changed, self._memory) as recorder, _Uses(self._changed, recorder):
                 yield
             self._runs = recorder.runs
         else:
@@ -123,7 +132,9 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._recorder.reached |= any(id(tensor) in self._ids for tensor in _tensors((args, kwargs)))
+        used = [id(tensor) for tensor in _tensors((args, kwargs))]
+        self._recorder.reached |= any(of in self._ids for of in used)
+        self._recorder.uses(used)
         return func(*args, **kwargs)
 
 
@@ -162,19 +173,25 @@ class _Recorder:
         reached: whether they have been used in this run.
     """
 
-    def __init__(self, model: nn.Module, memory: int) -> None:
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor], memory: int) -> None:
         self._model, self._left = model, memory
+        ids = {id(parameter) for parameter in parameters}
+        # Extensions written in C++ are not seen when they use a tensor, and most are called by a module of their own.
+        leaves = [module for module in model.modules() if not module._modules]
+        self._changed = {module for module in leaves if any(id(p) in ids for p in module._parameters.values())}
         self._handles: list[Any] = []
         self._stack: list[_Call] = []
         self._entered = 0
         self._ended: list[tuple[nn.Module, int, Tensor | None, _Output | None]] = []
+        self._given: dict[int, _Output] = {}  # by the id of the module's own output
+        self._used: list[tuple[int, _Output]] = []  # and how many calls had begun then
         self.reached = False
         self.runs: list[_Run] = []
 
     def __enter__(self) -> _Recorder:
         for module in self._model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave))
+            self._handles.append(module.register_forward_pre_hook(_unseen(self._enter), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_unseen(self._leave)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *of: object) -> None:
@@ -183,11 +200,19 @@ class _Recorder:
         if kind is not None:
             self.runs = []
 
+    def uses(self, tensors: Sequence[int]) -> None:
+        """Tensors with these ids are used by a function of torch."""
+        self._used += [(self._entered, self._given[of]) for of in tensors if of in self._given]
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self._model:
             self._stack, self._ended, self._entered, self.reached = [], [], 0, False
+            self._given, self._used = {}, []
         elif not self._stack:
             return  # a part of the model, run alone
+        self.reached |= module in self._changed
+        if self.reached:
+            self.uses([id(tensor) for tensor in _tensors((args, kwargs))])
         self._stack.append(_Call.of(module, _tensors((args, kwargs)), self._entered))
         self._entered += 1
 
@@ -199,14 +224,17 @@ class _Recorder:
         if self._stack:
             self._stack[-1].plain &= call.plain
         if module is self._model:
+            self.uses([id(tensor) for tensor in _tensors(output)])
             self._end_of_run()
         elif not self.reached:
             first = args[0] if args and isinstance(args[0], Tensor) else None
             kept = None
             if stands:  # for its parts, too
                 self._ended = [entry for entry in self._ended if entry[1] < call.began]
+                self._used = [use for use in self._used if use[0] <= call.began]
                 seen = None if output.is_inference() else output
                 kept = _Output(output.detach().clone(), 0 if seen is None else seen._version, seen)
+                self._given[id(output)] = kept
             self._ended.append((module, call.began, first, kept))
 
     def _end_of_run(self) -> None:
@@ -219,16 +247,28 @@ class _Recorder:
         if first_input is None:
             self._left = 0
             return
-        self._left -= first_input.nbytes + sum(output.tensor.nbytes for *_, output in ended if output)
-        if self._left < 0:
-            return
+        needed = {id(output) for _, output in self._used}
         run = _Run(first, first_input.detach().clone())
         for module, _, _, output in ended:
             if output is not None:
+                output.needed = id(output) in needed
+                output.drop_unneeded()
                 output.written = output.original is None or output.original._version != output.version
                 output.original = None  # only its version was wanted
             run.outputs.setdefault(module, []).append(output)
-        self.runs.append(run)
+        self._left -= run.nbytes()
+        if self._left >= 0:
+            self.runs.append(run)
+
+
+def _unseen(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook whose own uses of tensors are not seen."""
+
+    def run(*args: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            hook(*args)
+
+    return run
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
