@@ -23,9 +23,11 @@ from clipq.search.fit import smallest_file
 from clipq.search.groups import Group, Theta, plan_of, quantize_group
 from clipq.search.progress import Schedule
 from clipq.search.record import Evaluation, GroupRecord
+from clipq.search.remarks import remarks
 from clipq.search.settings import Settings, Watcher
 from clipq.search.sizes import SizeModel
 from clipq.search.study import Worker
+from clipq.search.surfaces import ErrorSurface
 
 _SCORE = "score"
 
@@ -174,24 +176,20 @@ def fingerprint(
 
 
 def group_records(
-    context: Context, thetas: Sequence[Theta], file_size: int, costs: Sequence[float] | None = None
+    context: Context, thetas: Sequence[Theta], file_size: int, surfaces: Sequence[ErrorSurface] | None = None
 ) -> tuple[GroupRecord, ...]:
-    """The groups as they are in a plan; with ``costs``, what each adds alone, the ones out of proportion are named."""
-    records = []
-    total = max(sum(costs), 1e-12) if costs else 1.0
-    for i, (group, theta) in enumerate(zip(context.groups, thetas, strict=True)):
-        size = context.sizes[i].bytes(theta)
-        share, cost = size / file_size, None if costs is None else costs[i]
-        cost_share = None if cost is None else cost / total
-        remark = None
-        if cost_share is not None and share > 0.02 and cost_share < share / 5:
-            remark = "costs bytes without saving error: could go lower at little loss"
-        elif cost_share is not None and cost_share > 0.1 and cost_share > 5 * share:
-            remark = "saves bytes at a high price in error: more bytes here would pay"
-        records.append(
-            GroupRecord(group.name, group.size, theta.pruning_rate, theta.bits, size, share, cost, cost_share, remark)
-        )
-    return tuple(records)
+    """The groups as they are in a plan; with their surfaces, what each adds alone, and which are out of proportion."""
+    bytes_of = [size.bytes(theta) for size, theta in zip(context.sizes, thetas, strict=True)]
+    costs: Sequence[float | None] = [None] * len(thetas)
+    shares, said = costs, tuple[str | None, ...]([None] * len(thetas))
+    if surfaces is not None:
+        added = [surface.cost(theta) for surface, theta in zip(surfaces, thetas, strict=True)]
+        costs, shares = added, [cost / max(sum(added), 1e-12) for cost in added]
+        said = remarks(context.sizes, [surface.cost_at for surface in surfaces], thetas)
+    return tuple(
+        GroupRecord(g.name, g.size, t.pruning_rate, t.bits, size, size / file_size, cost, share, remark)
+        for g, t, size, cost, share, remark in zip(context.groups, thetas, bytes_of, costs, shares, said, strict=True)
+    )
 
 
 def value_of(trial: FrozenTrial) -> float:

@@ -124,7 +124,6 @@ def run_search(
             thetas, size = fit(context.sizes, thetas, wanted, context.file_bytes)
         plan = plan_of(groups, thetas)
         cost, drop = context.measure_plan(plan, wanted or size)
-        costs = None if prediction is None else [s.cost(t) for s, t in zip(prediction.surfaces, thetas, strict=True)]
     return SearchRecord(
         method=settings.method,
         target=target.given(),
@@ -134,7 +133,7 @@ def run_search(
         bytes=size,
         cost=cost,
         drop=drop,
-        groups=group_records(context, thetas, size, costs),
+        groups=group_records(context, thetas, size, None if prediction is None else prediction.surfaces),
         evaluations=tuple(context.evaluations),
         curve=() if prediction is None else prediction.curve,
         interaction=None if prediction is None else (prediction.interaction.a, prediction.interaction.b),
