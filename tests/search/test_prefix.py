@@ -126,6 +126,16 @@ class Opaque(nn.Module):
             return x @ self.weight
 
 
+class OpaquePair(Opaque):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+class GivesAnExtensionWhatIsNotReadElsewhere(Net):
+    def body(self, x: Tensor) -> Tensor:
+        return self.opaque(self.inner(x))[0]
+
+
 class ReadsThroughAnExtension(Net):
     def body(self, x: Tensor) -> Tensor:
         return self.opaque(self.inner(x))
@@ -149,6 +159,7 @@ NETS: list[Callable[[], Net]] = [
     lambda: CallsAModuleAgain(inner=nn.Linear(N, N)),
     lambda: TakesKeywords(inner=nn.Linear(N, N), other=nn.Linear(N, N)),
     lambda: ReadsThroughAnExtension(inner=nn.Linear(N, N), opaque=Opaque()),
+    lambda: GivesAnExtensionWhatIsNotReadElsewhere(inner=nn.Linear(N, N), opaque=OpaquePair()),
     lambda: Recurrent(lstm=nn.LSTM(N, N), inner=nn.Linear(N, N)),
     lambda: ReadsWhatWasThroughEarlier(inner=nn.Linear(N, N), other=nn.Linear(N, N), last=nn.Linear(N, N)),
     lambda: Attends(attention=nn.MultiheadAttention(N, 2), norm=nn.LayerNorm(N)),

@@ -181,7 +181,8 @@ def group_records(
     """The groups as they are in a plan; with their surfaces, what each adds alone, and which are out of proportion."""
     bytes_of = [size.bytes(theta) for size, theta in zip(context.sizes, thetas, strict=True)]
     costs: Sequence[float | None] = [None] * len(thetas)
-    shares, said = costs, tuple[str | None, ...]([None] * len(thetas))
+    shares: Sequence[float | None] = costs
+    said: Sequence[str | None] = [None] * len(thetas)
     if surfaces is not None:
         added = [surface.cost(theta) for surface, theta in zip(surfaces, thetas, strict=True)]
         costs, shares = added, [cost / max(sum(added), 1e-12) for cost in added]

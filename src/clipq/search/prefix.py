@@ -176,7 +176,7 @@ class _Recorder:
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor], memory: int) -> None:
         self._model, self._left = model, memory
         ids = {id(parameter) for parameter in parameters}
-        # Extensions written in C++ are not seen when they use a tensor, and most are called by a module of their own.
+        # Extensions written in C++ are not seen when they use a tensor, but most are called by a module of their own.
         leaves = [module for module in model.modules() if not module._modules]
         self._changed = {module for module in leaves if any(id(p) in ids for p in module._parameters.values())}
         self._handles: list[Any] = []
@@ -223,6 +223,8 @@ class _Recorder:
         stands = call.ended(output)
         if self._stack:
             self._stack[-1].plain &= call.plain
+        if not stands and not module._modules:  # it will be run again
+            self.uses([id(tensor) for tensor, _ in call.given])
         if module is self._model:
             self.uses([id(tensor) for tensor in _tensors(output)])
             self._end_of_run()
