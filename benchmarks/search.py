@@ -45,7 +45,7 @@ from clipq.plan import Plan
 from clipq.recipe import Recipe
 from clipq.search import Target
 from clipq.search.allocate import fitted
-from clipq.search.candidates import magnitude_plan, uniform_plan
+from clipq.search.candidates import magnitude_and_lamp, plan_by, uniform_plan
 from clipq.search.evaluator import Evaluator
 from clipq.search.groups import Theta, groups_of, plan_of
 from clipq.search.settings import Silent as SilentSearch
@@ -53,12 +53,12 @@ from clipq.search.sizes import SizeModel, measure_sizes, pruning_rate_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "search.json"
-NETS: dict[str, tuple[str, int, float]] = {
-    "lenet-300-100": ("recipes/mnist/lenet-300-100.yaml", 5000, 2000.0),
-    "lenet-5": ("recipes/mnist/lenet-5.yaml", 5000, 2000.0),
-    "resnet-20": ("recipes/cifar10/resnet-20.yaml", 60000, 100.0),
+NETS: dict[str, tuple[str, int, float, int]] = {
+    "lenet-300-100": ("recipes/mnist/lenet-300-100.yaml", 5000, 2000.0, 10),
+    "lenet-5": ("recipes/mnist/lenet-5.yaml", 5000, 2000.0, 6),
+    "resnet-20": ("recipes/cifar10/resnet-20.yaml", 60000, 100.0, 1),
 }
-"""Recipe, bytes of the file, and the first λ of the layerwise search, in points of error."""
+"""Recipe, bytes of the file, the first λ of the layerwise search, in points of error, and epochs of fine-tuning."""
 BITS = (2, 3)
 
 
@@ -66,8 +66,15 @@ class Bench:
     """One network, one seed."""
 
     def __init__(self, net: str, seed: int, data_root: str) -> None:
-        path, self.bytes, self.trade_off = NETS[net]
-        changes = {"seed": seed, "data_root": data_root, "pruning_rate": None, "bits": None, "overrides": {}}
+        path, self.bytes, self.trade_off, epochs = NETS[net]
+        changes = {
+            "seed": seed,
+            "data_root": data_root,
+            "pruning_rate": None,
+            "bits": None,
+            "overrides": {},
+            "epochs": epochs,
+        }
         self.recipe = Recipe.load(ROOT / path, changes)
         self.network = make_network(self.recipe)
         load_weights(self.network, find_weights(self.recipe))
@@ -202,7 +209,8 @@ def uniform(bench: Bench, size: int) -> dict[str, Any]:
 
 
 def magnitude(bench: Bench, size: int) -> dict[str, Any]:
-    return best_of_bits(bench, size, lambda bits, budget: magnitude_plan(bench.sizes, bench.weights, bits, budget))
+    scores = [magnitude_and_lamp(size.group, bench.weights)[0] for size in bench.sizes]
+    return best_of_bits(bench, size, lambda bits, budget: plan_by(scores, bench.sizes, bits, budget))
 
 
 METHODS = ("default", "layerwise", "random", "uniform", "magnitude", "default at 0.8")
@@ -226,9 +234,10 @@ def main() -> None:
     parser.add_argument("nets", nargs="*", default=list(NETS), metavar="NET", help=", ".join(NETS))
     parser.add_argument("--data-root", required=True, help="the folder with the data sets and weights")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a JSON file, to go on with")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"runs": {}}
     results["made with"] = {"torch": torch.__version__, "cores": torch.get_num_threads(), "processor": _processor()}
     for seed in range(arguments.seeds):
         for net in arguments.nets:
@@ -239,7 +248,7 @@ def main() -> None:
                 bench = Bench(net, seed, arguments.data_root)
                 evaluations = results["runs"].get(f"{net} | default | {seed}", {}).get("evaluations", 100)
                 results["runs"][key] = run(bench, method, evaluations)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                arguments.results.write_text(json.dumps(results, indent=1) + "\n")
                 shown = {k: v for k, v in results["runs"][key].items() if k != "plan"}
                 print(key, shown, flush=True)
     print(table(results))

@@ -94,7 +94,7 @@ class Recipe(BaseModel):
     )
     search_method: Literal["default", "layerwise"] = Field("default", description="layerwise is the paper's search.")
     search_evaluations: int | None = Field(None, ge=1, description="Of each tensor alone; else 10, or 30 layerwise.")
-    search_refinements: int = Field(32, ge=0, description="Plans that the search tries around its best candidate.")
+    search_refinements: int = Field(16, ge=0, description="Plans that the search tries around its best candidate.")
     search_samples: int = Field(2000, ge=2, description="Training samples that the search evaluates on.")
     search_steps: int = Field(100, ge=0, description="Steps of fine-tuning that the search gives a candidate plan.")
     search_memory: str | int = Field("1GB", description="The most memory for activations kept by the search.")

@@ -7,7 +7,7 @@
 from clipq.archive.container import Planned, TensorHeader
 from clipq.archive.reader import Archive
 from clipq.archive.sources import Source
-from clipq.archive.writer import Effort, Tied, encode_file, encoded_size, write_file
+from clipq.archive.writer import Effort, Tied, encode_file, encoded_size, scan_of, write_file
 
 __all__ = [
     "Archive",
@@ -18,5 +18,6 @@ __all__ = [
     "Tied",
     "encode_file",
     "encoded_size",
+    "scan_of",
     "write_file",
 ]

@@ -101,6 +101,11 @@ def choose_scan(codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: s
     return scan
 
 
+def adapted(scan: Scan, codebook: Codebook, codes: U8) -> Scan:
+    """The scan of a tensor much like this one, with what is this one's own."""
+    return replace(scan, mean=_mean_activity(codebook, codes))
+
+
 def _lags(shape: tuple[int, ...], swapped: bool) -> list[tuple[int, int]]:
     """Pairs of lags worth trying: the kernel's width and size, or for matrices those of any square that fits."""
     row = row_length(shape, swapped)

@@ -124,20 +124,32 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
                 os.unlink(temporary)
 
 
-def encoded_size(array: Array, effort: Effort = "default") -> int:
-    """The payload bytes of one tensor as `encode_file` would store it, alone, with one thread."""
+def encoded_size(array: Array, effort: Effort = "default", scan: tiles.Scan | None = None) -> int:
+    """The payload bytes of one tensor as `encode_file` would store it, alone, with one thread.
+
+    Args:
+        scan: of a tensor much like this one (see `scan_of`), which spares the choice; None chooses.
+    """
     dtypes.code_of(array, "the array")
     with ThreadPoolExecutor(1) as pool:
-        stored = _encode_tensor(array, "the array", effort, pool)
+        stored = _encode_tensor(array, "the array", effort, pool, scan)
     return len(_encode_group([array], effort)) if stored.kind == "group" else sum(map(len, stored.payloads))
 
 
-def _encode_tensor(array: Array, name: str, effort: Effort, pool: ThreadPoolExecutor) -> _Stored:
+def scan_of(array: Array, effort: Effort = "default") -> tiles.Scan | None:
+    """The scan that the encoder chooses for a tensor; None if it has too many distinct values to be coded."""
+    found = find_codes(_bytes(array).view(dtypes.bits_dtype(array.dtype)), dtypes.code_of(array, "the array"))
+    return None if found is None else tiles.choose_scan(*found, array.shape, effort)
+
+
+def _encode_tensor(
+    array: Array, name: str, effort: Effort, pool: ThreadPoolExecutor, scan: tiles.Scan | None = None
+) -> _Stored:
     """Codes if it has few distinct values and they take less, else raw: alone, or with others if it is small."""
     if array.size == 0:
         return _Stored("raw", [])
     small = array.nbytes < GROUPED_BYTES
-    coded = _encode_codes(array, name, effort, pool)
+    coded = _encode_codes(array, name, effort, pool, scan)
     if coded and small and sum(map(len, coded.payloads)) + _BLOCK_OVERHEAD > len(_encode_group([array], effort)):
         coded = None
     if coded:
@@ -149,7 +161,9 @@ def _encode_tensor(array: Array, name: str, effort: Effort, pool: ThreadPoolExec
     return _Stored("raw", list(pool.map(lambda part: encode_raw(part, array.itemsize, effort), parts)))
 
 
-def _encode_codes(array: Array, name: str, effort: Effort, pool: ThreadPoolExecutor) -> _Stored | None:
+def _encode_codes(
+    array: Array, name: str, effort: Effort, pool: ThreadPoolExecutor, scan: tiles.Scan | None
+) -> _Stored | None:
     if array.itemsize > 8:
         return None
     dtype_code = dtypes.code_of(array, name)
@@ -157,7 +171,10 @@ def _encode_codes(array: Array, name: str, effort: Effort, pool: ThreadPoolExecu
     if found is None:
         return None
     codebook, codes = found
-    scan = tiles.choose_scan(codebook, codes, array.shape, effort)
+    if scan is None:
+        scan = tiles.choose_scan(codebook, codes, array.shape, effort)
+    else:
+        scan = tiles.adapted(scan, codebook, codes)
     ordered = tiles.in_scan_order(codes, array.shape, scan.swapped)
     start = Sink()
     encode_codebook(start, codebook, dtype_code)

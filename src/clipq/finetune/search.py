@@ -158,8 +158,8 @@ def _first(data: Data, recipe: Recipe, steps: int) -> Iterator[tuple[Tensor, Ten
 def short_fine_tuning(fabric: Fabric, data: Data, recipe: Recipe) -> Recover:
     """A few steps of the recipe's own training, with the file held at its size."""
 
-    def recover(network: nn.Module, plan: Plan, file_bytes: int) -> Plan:
-        steps = recipe.search_steps
+    def recover(network: nn.Module, plan: Plan, file_bytes: int, share: float) -> Plan:
+        steps = math.ceil(share * recipe.search_steps)
         optimizer = make_optimizer(network, recipe, recipe.learning_rate)
         wrapped_network, wrapped_optimizer = fabric.setup(network, optimizer)
         attachment = attach(network, optimizer, plan)

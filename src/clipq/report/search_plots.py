@@ -17,7 +17,7 @@ from clipq.search.record import Evaluation, SearchRecord
 from clipq.search.sizes import sparsity
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#1a73e8", "#e8710a", "#188038", "#d93025", "#9aa0a6"
-_STAGES = ("base", "alone", "layerwise", "whole", "drop", "candidates", "refine")
+_STAGES = ("base", "alone", "layerwise", "whole", "drop", "candidates", "refine", "finalists")
 _COLOURS = dict(zip(_STAGES, (_GREY, _BLUE, _BLUE, _GREEN, _GREY, _ORANGE, "#8430ce"), strict=True))
 _MOST_NAMES = 40  # of groups that an axis can show
 _RATES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
@@ -146,17 +146,20 @@ _LABELS = {
     "whole": "whole plans along the curve",
     "candidates": "candidates of the wanted size",
     "refine": "Bayesian refinement",
+    "finalists": "the best of them, fine-tuned longer",
 }
 
 
 def _races(numbered: Sequence[tuple[int, Evaluation]]) -> list[list[tuple[int, Evaluation]]]:
-    """Runs of evaluations that compete with each other: of one layer, or of whole plans of the wanted size."""
+    """Runs of evaluations that compete with each other: of one layer, or of whole plans fine-tuned alike."""
     races: dict[str, list[tuple[int, Evaluation]]] = {}
     for n, e in numbered:
         if e.stage == "layerwise":
             races.setdefault(f"layer {e.group}", []).append((n, e))
         elif e.stage in ("candidates", "refine"):
             races.setdefault("whole plans", []).append((n, e))
+        elif e.stage == "finalists":
+            races.setdefault("finalists", []).append((n, e))
     return list(races.values())
 
 

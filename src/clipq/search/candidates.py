@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,56 +16,103 @@ from clipq.search.sizes import SizeModel, pruning_rate_of
 
 _EXPONENTS = (1.0, 0.6, 0.35)
 """Fine-tuning heals much of the cost that is measured before it, and the more the higher: low powers of it."""
-_WIDTHS = (2, 3, 4)
-STARTING_PLANS = len(_EXPONENTS) + 2 * len(_WIDTHS)
-"""How many `starting_plans` gives; fewer if not all bit widths are allowed."""
+_WIDTHS = (2, 3)
+_BY_RULE = ("uniform", "magnitude", "lamp", "erk")
+STARTING_PLANS = len(_EXPONENTS) + len(_BY_RULE) * len(_WIDTHS)
+"""How many `families` gives; fewer if not all bit widths are allowed."""
 FOR_VECTORS = Theta(0.3, 4)
 """Of biases and the like, in plans that treat all weights alike: they are few, and matter more than their size."""
-_QUANTILES = 4096
+_QUANTILES = 2048
 
 Floats = npt.NDArray[np.float64]
+Family = Callable[[float], tuple[Theta, ...]]
+"""Gives a plan for any number of bytes in the groups."""
 
 
-def starting_plans(
-    sizes: Sequence[SizeModel], costs: Sequence[CostAt], weights: Mapping[str, Tensor], budget: float
-) -> dict[str, tuple[Theta, ...]]:
-    """Plans by name, each of about so many bytes in the groups.
+def families(sizes: Sequence[SizeModel], costs: Sequence[CostAt], weights: Mapping[str, Tensor]) -> dict[str, Family]:
+    """Ways to share bytes out among the groups, by name.
 
-    By the surfaces, and by powers of them; the same θ everywhere; and pruning of the smallest weights of the whole
-    model, the last two at several bit widths.
+    By the surfaces, and by powers of them; and, at several bit widths, the same θ everywhere, the smallest weights of
+    the whole model pruned, and the rules LAMP and ERK.
     """
-    plans = {}
+    found: dict[str, Family] = {}
     for exponent in _EXPONENTS:
-        powers = [_power(cost, exponent) for cost in costs]
-        plans[f"surfaces^{exponent:g}"] = plan_at(trade_off(sizes, powers), sizes, budget)
+        curve = trade_off(sizes, [_power(cost, exponent) for cost in costs])
+        found[f"surfaces^{exponent:g}"] = lambda budget, curve=curve: plan_at(curve, sizes, budget)  # type: ignore[misc]
+    magnitudes, lamp = zip(*(magnitude_and_lamp(size.group, weights) for size in sizes), strict=True)
     for bits in _WIDTHS:
         if sizes[0].bits[0] <= bits <= sizes[0].bits[-1]:
-            plans[f"uniform, {bits} bits"] = uniform_plan(sizes, bits, budget)
-            plans[f"magnitude, {bits} bits"] = magnitude_plan(sizes, weights, bits, budget)
-    return plans
+            by_rule: tuple[Family, ...] = (
+                lambda budget, b=bits: uniform_plan(sizes, b, budget),  # type: ignore[misc]
+                lambda budget, b=bits: plan_by(magnitudes, sizes, b, budget),  # type: ignore[misc]
+                lambda budget, b=bits: plan_by(lamp, sizes, b, budget),  # type: ignore[misc]
+                lambda budget, b=bits: erk_plan(sizes, b, budget),  # type: ignore[misc]
+            )
+            found |= {f"{name}, {bits} bits": family for name, family in zip(_BY_RULE, by_rule, strict=True)}
+    return found
 
 
 def uniform_plan(sizes: Sequence[SizeModel], bits: int, budget: float) -> tuple[Theta, ...]:
     """The same θ for all tensors; vectors have `FOR_VECTORS`."""
-    matrices = [size for size in sizes if not _is_vector(size)]
-    left = budget - sum(size.bytes(FOR_VECTORS) for size in sizes if _is_vector(size))
-    thetas = iter(fitted(matrices, [Theta(0.8, bits)] * len(matrices), left))
-    return tuple(FOR_VECTORS if _is_vector(size) else next(thetas) for size in sizes)
+    return _shared(sizes, lambda shape: 1.0, bits, budget)
 
 
-def magnitude_plan(
-    sizes: Sequence[SizeModel], weights: Mapping[str, Tensor], bits: int, budget: float
-) -> tuple[Theta, ...]:
-    """The smallest weights of the whole model pruned, the same bit width everywhere; vectors have `FOR_VECTORS`."""
-    levels = [_magnitudes(size.group, weights) for size in sizes]
-    low, high = 0.0, max(float(magnitudes[-1]) for magnitudes in levels)
+def erk_plan(sizes: Sequence[SizeModel], bits: int, budget: float) -> tuple[Theta, ...]:
+    """Survivors of a tensor in proportion to the sum of its dimensions over their product, the rule of Erdős-Rényi
+    kernels (Evci et al., ICML 2020); vectors have `FOR_VECTORS`."""
+    return _shared(sizes, lambda shape: sum(shape) / math.prod(shape), bits, budget)
+
+
+def plan_by(scores: Sequence[Scores], sizes: Sequence[SizeModel], bits: int, budget: float) -> tuple[Theta, ...]:
+    """The weights of least score of the whole model pruned, the same bit width everywhere; vectors have `FOR_VECTORS`.
+
+    By magnitude, the smallest weights of the whole model; by LAMP scores, the rule of Lee et al., ICLR 2021.
+    """
+
+    def thetas_at(threshold: float) -> tuple[Theta, ...]:
+        return tuple(
+            FOR_VECTORS if _is_vector(size) else Theta(min(of.rate(threshold), pruning_rate_of(size.highest)), bits)
+            for of, size in zip(scores, sizes, strict=True)
+        )
+
+    low = min(float(of.values[0]) for of in scores)
+    high = max(float(of.values[-1]) for of in scores) + 1
     for _ in range(40):
         middle = (low + high) / 2
-        if _bytes_at(sizes, levels, middle, bits) > budget:
+        if sum(size.bytes(theta) for size, theta in zip(sizes, thetas_at(middle), strict=True)) > budget:
             low = middle
         else:
             high = middle
-    return _thetas_at(sizes, levels, high, bits)
+    return thetas_at(high)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """By what the weights of one group are pruned: the least first.
+
+    Attributes:
+        rates: shares of the group's weights, ascending.
+        values: the logarithm of the score that so many weights are below.
+    """
+
+    rates: Floats
+    values: Floats
+
+    def rate(self, threshold: float) -> float:
+        """The share of the weights whose score is below the threshold."""
+        found = int(np.searchsorted(self.values, threshold))
+        return float(self.rates[found]) if found < len(self.rates) else 1.0
+
+
+def magnitude_and_lamp(group: Group, weights: Mapping[str, Tensor]) -> tuple[Scores, Scores]:
+    """The magnitudes of the group's weights; and w² over the sum of v² of all its weights v that are not smaller."""
+    values = [weights[name].detach().abs().double().cpu().numpy().ravel() for name in group.tensors]
+    squares = np.square(np.sort(np.concatenate(values)))
+    n = len(squares)
+    few_left = n - np.geomspace(1, n, min(n, _QUANTILES))
+    ranks = np.unique(np.concatenate([np.linspace(0, n - 1, min(n, _QUANTILES)), few_left]).round().astype(np.int64))
+    square, tail = (np.log(np.maximum(v[ranks], 1e-60)) for v in (squares, np.cumsum(squares[::-1])[::-1]))
+    return Scores(ranks / n, square / 2), Scores(ranks / n, square - tail)
 
 
 def perturbed(
@@ -101,35 +149,21 @@ def clusters_of(groups: Sequence[Group], most: int = 6) -> list[int]:
     return [of.get(i, most - 1) for i in range(len(groups))]
 
 
+def _shared(
+    sizes: Sequence[SizeModel], share: Callable[[tuple[int, ...]], float], bits: int, budget: float
+) -> tuple[Theta, ...]:
+    """Survivors of each tensor in proportion to its share, up to the budget."""
+    matrices = [size for size in sizes if not _is_vector(size)]
+    left = budget - sum(size.bytes(FOR_VECTORS) for size in sizes if _is_vector(size))
+    shares = [share(size.group.shapes[0]) for size in matrices]
+    start = [Theta(1 - 0.2 * s / max(shares), bits) for s in shares]
+    thetas = iter(fitted(matrices, start, left))
+    return tuple(FOR_VECTORS if _is_vector(size) else next(thetas) for size in sizes)
+
+
 def _is_vector(size: SizeModel) -> bool:
     return all(len(shape) <= 1 for shape in size.group.shapes)
 
 
 def _power(cost: CostAt, exponent: float) -> CostAt:
     return lambda sparsities, bits: cost(sparsities, bits) ** exponent
-
-
-def _magnitudes(group: Group, weights: Mapping[str, Tensor]) -> Floats:
-    """Quantiles of the group's magnitudes, ascending."""
-    values = np.sort(
-        np.concatenate([weights[name].detach().abs().double().cpu().numpy().ravel() for name in group.tensors])
-    )
-    chosen = np.linspace(0, len(values) - 1, min(len(values), _QUANTILES)).round().astype(np.int64)
-    found: Floats = values[chosen]
-    return found
-
-
-def _thetas_at(sizes: Sequence[SizeModel], levels: Sequence[Floats], threshold: float, bits: int) -> tuple[Theta, ...]:
-    thetas = []
-    for size, magnitudes in zip(sizes, levels, strict=True):
-        if _is_vector(size):
-            thetas.append(FOR_VECTORS)
-            continue
-        rate = float(np.searchsorted(magnitudes, threshold)) / len(magnitudes)
-        thetas.append(Theta(min(rate, pruning_rate_of(size.highest)), bits))
-    return tuple(thetas)
-
-
-def _bytes_at(sizes: Sequence[SizeModel], levels: Sequence[Floats], threshold: float, bits: int) -> float:
-    thetas = _thetas_at(sizes, levels, threshold, bits)
-    return sum(size.bytes(theta) for size, theta in zip(sizes, thetas, strict=True))

@@ -22,10 +22,10 @@ Evaluate = Callable[[nn.Module], float | Iterator[float]]
 are (or put back what they held), and give the same cost for the same tensors. A generator may yield lower bounds of the
 cost as it goes, and last the cost itself: then an evaluation that can only lose is stopped."""
 
-Recover = Callable[[nn.Module, Plan, int], Plan | None]
-"""Fine-tunes the model for a few steps under a plan and leaves it quantized. Its last argument is the most bytes that
-the file may have (`SizeHolder` keeps them). It gives the plan that it ended with, of the same tensors, if that is
-another one."""
+Recover = Callable[[nn.Module, Plan, int, float], Plan | None]
+"""Fine-tunes the model for a few steps under a plan and leaves it quantized. Its further arguments are the most bytes
+that the file may have (`SizeHolder` keeps them), and which share of its steps to take, above 0 and at most 1: less
+where many plans are screened. It gives the plan that it ended with, of the same tensors, if that is another one."""
 
 
 class Evaluator:
@@ -86,15 +86,24 @@ class Evaluator:
                 return self._call(self._evaluate, what, ceiling)
 
     def of_plan(
-        self, plan: Plan, recover: Recover | None, file_bytes: int, validate: Evaluate | None = None
+        self,
+        plan: Plan,
+        recover: Recover | None,
+        file_bytes: int,
+        validate: Evaluate | None = None,
+        *,
+        share: float = 1.0,
     ) -> tuple[float, float | None, Plan]:
         """The cost under a plan, after ``recover`` if any; ``validate`` of the same weights; the plan it ended with.
+
+        Args:
+            share: of its steps that ``recover`` is to take.
 
         Raises:
             SearchError: as in `at`; or ``recover`` raised, replaced the model's tensors, or gave a plan of others.
         """
         what = "the plan" if recover is None else "the plan, after recover"
-        with self._under(plan, recover, file_bytes) as ended:
+        with self._under(plan, recover, file_bytes, share) as ended:
             cost = self._call(self._evaluate, what, math.inf)
             score = None if validate is None else self._call(validate, what, math.inf, "validate")
         return cost, score, ended
@@ -104,7 +113,7 @@ class Evaluator:
     ) -> float:
         """What ``validate`` (or else ``evaluate``) gives for the model, or under a plan, after ``recover`` if any."""
         check, name = (self._evaluate, "evaluate") if validate is None else (validate, "validate")
-        with self._quantized((), ()) if plan is None else self._under(plan, recover, file_bytes):
+        with self._quantized((), ()) if plan is None else self._under(plan, recover, file_bytes, 1.0):
             return self._call(check, "" if plan is None else "the plan", math.inf, name)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -123,20 +132,20 @@ class Evaluator:
             self.restore()
 
     @contextmanager
-    def _under(self, plan: Plan, recover: Recover | None, file_bytes: int) -> Iterator[Plan]:
+    def _under(self, plan: Plan, recover: Recover | None, file_bytes: int, share: float) -> Iterator[Plan]:
         if recover is None:
             with self._quantized(*_single_groups(plan)):
                 yield plan
             return
         try:
             try:
-                ended = recover(self.model, plan, file_bytes)
+                ended = recover(self.model, plan, file_bytes, share)
             except ClipqError:
                 raise
             except Exception as cause:
                 raise SearchError(
                     f"recover raised {type(cause).__name__}: {cause}. The weights are restored; recover(model, plan, "
-                    f"file_bytes) must train under any plan of the model"
+                    f"file_bytes, share) must train under any plan of the model"
                 ) from cause
             self._check_own_tensors()
             yield plan if ended is None else _same_tensors(ended, plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from clipq.plan import Plan
 from clipq.search.allocate import Point, largest, plan_at, trade_off
-from clipq.search.candidates import STARTING_PLANS, clusters_of, perturbed, starting_plans
+from clipq.search.candidates import STARTING_PLANS, Family, clusters_of, families, perturbed
 from clipq.search.context import Context, gp_sampler, value_of
 from clipq.search.groups import Theta, plan_of, thetas_of
 from clipq.search.progress import Kind
@@ -29,7 +29,11 @@ _DESIGN = ((2, 0.8), (3, 0.3), (3, 1.5), (4, 3.0), (2, 2.2), (5, 0.1), (4, 1.0),
 """Where a group is evaluated alone, first to last: bits and sparsity; further ones are spread evenly."""
 WHOLE_PLANS = 6
 _RESOLUTION = 1e-5
-_BISECTIONS = 6
+_BISECTIONS = (3, 4)
+"""Of the size for a drop: along the surfaces' curve, and then among plans of the family that is best there."""
+SCREENING = 0.25
+"""The share of the steps of ``recover`` that plans get while there are many; what comes out on top is judged by all."""
+FINALISTS = 4
 _SHIFT, _MORE_BITS = 0.8, 1
 _STARTUP = 8
 
@@ -70,15 +74,19 @@ class Prediction:
 def expect_stages(context: Context, target: Target) -> None:
     """The stages of `predict`."""
     expect = context.schedule.expect
+    screened: Kind = "whole plan" if context.recover is None else "screened plan"
     judged: Kind = "whole plan" if context.recover is None else "fine-tuned plan"
     expect("alone", "one group", _evaluations(context) * len(context.groups))
     expect("whole", "whole plan", WHOLE_PLANS)
     if target.max_drop is not None:
-        for n in range(_BISECTIONS):
+        for n in range(sum(_BISECTIONS)):
             expect(f"drop {n}", judged, 1)
-    expect("candidates", judged, STARTING_PLANS, competes=True)
+        expect("families", screened, STARTING_PLANS)
+    expect("candidates", screened, STARTING_PLANS, competes=True)
     if context.settings.refinements:
-        expect("refine", judged, context.settings.refinements, competes=True)
+        expect("refine", screened, context.settings.refinements, competes=True)
+    if context.recover is not None:
+        expect("finalists", judged, FINALISTS, competes=True)
 
 
 def predict(context: Context, target: Target) -> Prediction:
@@ -94,12 +102,10 @@ def predict(context: Context, target: Target) -> Prediction:
     curve = trade_off(context.sizes, [surface.cost_at for surface in surfaces])
     rest = context.rest(largest(context.sizes))
     interaction, points = _whole_plans(context, curve, rest)
+    ways = families(context.sizes, [surface.cost_at for surface in surfaces], context.evaluator.weights)
     if wanted is None:
-        wanted = _size_for(context, target, curve, interaction, rest)
-    plans = starting_plans(
-        context.sizes, [surface.cost_at for surface in surfaces], context.evaluator.weights, wanted - rest
-    )
-    thetas = _refine(context, plans, wanted, rest)
+        wanted = _size_for(context, target, curve, interaction, ways, rest)
+    thetas = _choose(context, ways, wanted, rest)
     return Prediction(thetas, surfaces, points, interaction)
 
 
@@ -158,29 +164,50 @@ def _whole_plans(context: Context, curve: Sequence[Point], rest: float) -> tuple
     return interaction, points
 
 
-def _size_for(context: Context, target: Target, curve: Sequence[Point], interaction: Interaction, rest: float) -> int:
+def _size_for(
+    context: Context,
+    target: Target,
+    curve: Sequence[Point],
+    interaction: Interaction,
+    ways: Mapping[str, Family],
+    rest: float,
+) -> int:
     """The bytes at which a target that is not in bytes is met."""
     if target.trade_off is not None:
         price = target.trade_off / context.float32_bytes
         best = min(curve, key=lambda p: interaction.whole(p.cost) + price * p.bytes)
         return round(best.bytes + rest)
     assert target.max_drop is not None
-    low, high = math.log(curve[0].bytes), math.log(curve[-1].bytes)
-    met = high
-    for n in range(_BISECTIONS):
+    least, most = math.log(curve[0].bytes), math.log(curve[-1].bytes)
+    low, high = least, most
+    by_curve, by_best = _BISECTIONS
+
+    def met(n: int, family: Family) -> bool:
         middle = (low + high) / 2
-        drop = _drop(context, f"drop {n}", plan_at(curve, context.sizes, math.exp(middle)), rest)
+        drop = _drop(context, f"drop {n}", family(math.exp(middle)), rest)
         context.evaluations.append(Evaluation("drop", drop, bytes=math.exp(middle) + rest))
-        if drop <= target.max_drop:
-            met = high = middle
+        return drop <= target.max_drop  # type: ignore[operator]
+
+    for n in range(by_curve):
+        if met(n, lambda budget: plan_at(curve, context.sizes, budget)):
+            high = (low + high) / 2
         else:
-            low = middle
-    if met == math.log(curve[-1].bytes):
+            low = (low + high) / 2
+    plans = {name: family(math.exp(high)) for name, family in ways.items()}
+    screened = _candidates(context, "families", plans, round(math.exp(high) + rest))
+    found = ways[min(screened, key=lambda name: value_of(screened[name]))]
+    low = max(low - (high - low), least)
+    for n in range(by_curve, by_curve + by_best):
+        if met(n, found):
+            high = (low + high) / 2
+        else:
+            low = (low + high) / 2
+    if high == most:
         context.note(
             f"no plan was found that loses at most {target.max_drop:g}: the largest one is taken, of "
-            f"{math.exp(met) + rest:,.0f} bytes"
+            f"{math.exp(high) + rest:,.0f} bytes"
         )
-    return round(math.exp(met) + rest)
+    return round(math.exp(high) + rest)
 
 
 def _drop(context: Context, stage: str, thetas: Sequence[Theta], rest: float) -> float:
@@ -193,24 +220,15 @@ def _drop(context: Context, stage: str, thetas: Sequence[Theta], rest: float) ->
     return value_of(context.one(stage, evaluate)) - context.base_score
 
 
-def _refine(context: Context, plans: dict[str, tuple[Theta, ...]], wanted: int, rest: float) -> tuple[Theta, ...]:
-    """The best of a few plans of the wanted size, and then of plans around it."""
-    names = list(plans)
-
-    def cost_of(trial: optuna.Trial, thetas: Sequence[Theta]) -> float:
-        plan = plan_of(context.groups, thetas)
-        cost, _, ended = context.evaluator.of_plan(plan, context.recover, wanted)
-        trial.set_user_attr("plan", json.loads(ended.to_json()))
-        return cost
-
-    def of_a_name(trial: optuna.Trial) -> float:
-        return cost_of(trial, plans[names[suggest(trial, "plan", IntDistribution(0, len(names)))]])
-
-    trials = context.run_stage("candidates", [{"plan": n} for n in range(len(names))], of_a_name)
-    for name, trial in zip(names, trials, strict=True):
-        context.evaluations.append(Evaluation("candidates", value_of(trial), bytes=wanted, name=name))
-    winner = min(trials, key=lambda trial: (value_of(trial), trial.user_attrs["slot"]))
-    start = _thetas(context, winner)
+def _choose(context: Context, ways: Mapping[str, Family], wanted: int, rest: float) -> tuple[Theta, ...]:
+    """The best plan of the wanted size: of all families, and around the best of them; the last few judged in full."""
+    plans = {name: family(wanted - rest) for name, family in ways.items()}
+    screened = _candidates(context, "candidates", plans, wanted)
+    context.evaluations += [
+        Evaluation("candidates", value_of(trial), bytes=wanted, name=name) for name, trial in screened.items()
+    ]
+    tried = list(screened.values())
+    start = _thetas(context, min(tried, key=_rank))
 
     clusters = clusters_of(context.groups)
     shift, more = FloatDistribution(-_SHIFT, _SHIFT), IntDistribution(-_MORE_BITS, _MORE_BITS)
@@ -220,14 +238,50 @@ def _refine(context: Context, plans: dict[str, tuple[Theta, ...]], wanted: int, 
             (suggest(trial, f"survivors {k}", shift), suggest(trial, f"bits {k}", more))
             for k in range(max(clusters) + 1)
         ]
-        return cost_of(trial, perturbed(context.sizes, start, clusters, shifts, wanted - rest))
+        moved = perturbed(context.sizes, start, clusters, shifts, wanted - rest)
+        return _cost_of(context, trial, moved, wanted, SCREENING)
 
     n = context.settings.refinements
     if n:
-        tried = context.run_stage("refine", [{}] * n, around, gp_sampler(context.settings.seed, min(_STARTUP, n)))
-        context.evaluations += [Evaluation("refine", value_of(trial), bytes=wanted) for trial in tried]
-        winner = min([winner, *tried], key=value_of)
-    return _thetas(context, winner)
+        refined = context.run_stage("refine", [{}] * n, around, gp_sampler(context.settings.seed, min(_STARTUP, n)))
+        context.evaluations += [Evaluation("refine", value_of(trial), bytes=wanted) for trial in refined]
+        tried += refined
+    best = [_thetas(context, trial) for trial in sorted(tried, key=_rank)]
+    if context.recover is None:
+        return best[0]
+    best = list(dict.fromkeys(best))[:FINALISTS]
+
+    def in_full(trial: optuna.Trial) -> float:
+        return _cost_of(context, trial, best[suggest(trial, "plan", IntDistribution(0, len(best)))], wanted, 1.0)
+
+    judged = context.run_stage("finalists", [{"plan": n} for n in range(len(best))], in_full)
+    context.evaluations += [Evaluation("finalists", value_of(trial), bytes=wanted) for trial in judged]
+    return _thetas(context, min(judged, key=_rank))
+
+
+def _candidates(
+    context: Context, stage: str, plans: Mapping[str, Sequence[Theta]], wanted: int
+) -> dict[str, FrozenTrial]:
+    """Each plan screened, by name."""
+    names = list(plans)
+
+    def of_a_name(trial: optuna.Trial) -> float:
+        thetas = plans[names[suggest(trial, "plan", IntDistribution(0, len(names)))]]
+        return _cost_of(context, trial, thetas, wanted, SCREENING)
+
+    trials = context.run_stage(stage, [{"plan": n} for n in range(len(names))], of_a_name)
+    return dict(zip(names, trials, strict=True))
+
+
+def _cost_of(context: Context, trial: optuna.Trial, thetas: Sequence[Theta], wanted: int, share: float) -> float:
+    plan = plan_of(context.groups, thetas)
+    cost, _, ended = context.evaluator.of_plan(plan, context.recover, wanted, share=share)
+    trial.set_user_attr("plan", json.loads(ended.to_json()))
+    return cost
+
+
+def _rank(trial: FrozenTrial) -> tuple[float, int]:
+    return value_of(trial), trial.user_attrs["slot"]
 
 
 def _thetas(context: Context, trial: FrozenTrial) -> tuple[Theta, ...]:

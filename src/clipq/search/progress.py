@@ -8,7 +8,7 @@ from typing import Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
-Kind = Literal["one group", "whole plan", "fine-tuned plan"]
+Kind = Literal["one group", "whole plan", "screened plan", "fine-tuned plan"]
 """Evaluations that take about the same time each."""
 
 

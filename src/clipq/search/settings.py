@@ -28,7 +28,7 @@ class Settings:
 
     method: Method = "default"
     evaluations: int | None = None
-    refinements: int = 32
+    refinements: int = 16
     highest_pruning_rate: float = 0.998
     bits: tuple[int, int] = (2, 8)
     seed: int = 0

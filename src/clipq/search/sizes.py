@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from clipq import files
-from clipq.archive import encoded_size
+from clipq.archive import encoded_size, scan_of
 from clipq.search.groups import Group, Theta, quantize_group
 
 SAMPLE_ROWS_ELEMENTS = 2**20
@@ -132,35 +133,63 @@ def measure_sizes(
         bits: the bit widths to allow, ascending.
         highest_pruning_rate: the highest to allow; for small tensors it is lowered so that a few weights survive.
     """
+    grids = [_Grid.of(group, weights, tuple(bits), highest_pruning_rate) for group in groups]
+    tasks = [(grid, point) for grid in grids for point in grid.points]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(lambda group: _measure(group, weights, tuple(bits), highest_pruning_rate), groups))
+        found = iter(list(pool.map(lambda task: task[0].measure(task[1]), tasks)))
+    return [grid.model([next(found) for _ in grid.points]) for grid in grids]
 
 
-def _measure(
-    group: Group, weights: Mapping[str, Tensor], bits: tuple[int, ...], highest_pruning_rate: float
-) -> SizeModel:
-    samples = {name: _sample(weights[name].detach()) for name in group.tensors}
-    n = sum(sample.numel() for sample in samples.values())
-    scale = group.size / n
-    highest = min(sparsity(highest_pruning_rate), math.log(max(n / 8, 1.0)))
-    points = [s for s in _SPARSITIES if s < highest - 0.15] + [highest]
-    norm = sum(float(sample.double().square().sum()) for sample in samples.values()) or 1.0
-    out = {name: torch.empty_like(sample) for name, sample in samples.items()}
-    clipped = Clipped.of(samples.values())
-    reached = clipped.sparsities(np.array(points))
-    log_bytes, log_distortion = {}, {}
-    for b in bits:
-        sizes, distortions = [], []
-        for s in points:
-            quantize_group(group, Theta(pruning_rate_of(s), b), samples, out)
-            arrays = files.to_arrays(out)
-            encoded = [encoded_size(array) for array in arrays.values()]  # type: ignore[arg-type]
-            sizes.append(scale * sum(encoded) + _HEADER_BYTES * len(group.tensors))
-            error = sum(float((samples[t] - out[t]).double().square().sum()) for t in samples)
-            distortions.append(max(error / norm, 1e-12))
-        log_bytes[b] = _curve(reached, np.log(sizes))
-        log_distortion[b] = _curve(reached, np.log(distortions))
-    return SizeModel(group, bits, highest, clipped, log_bytes, log_distortion)
+@dataclass(frozen=True)
+class _Grid:
+    """Where a group is measured.
+
+    Attributes:
+        samples: its weights, or of large ones some rows.
+        points: sparsities.
+    """
+
+    group: Group
+    samples: dict[str, Tensor]
+    bits: tuple[int, ...]
+    points: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, group: Group, weights: Mapping[str, Tensor], bits: tuple[int, ...], highest_pruning_rate: float
+    ) -> _Grid:
+        samples = {name: _sample(weights[name].detach()) for name in group.tensors}
+        n = sum(sample.numel() for sample in samples.values())
+        highest = min(sparsity(highest_pruning_rate), math.log(max(n / 8, 1.0)))
+        return cls(group, samples, bits, (*(s for s in _SPARSITIES if s < highest - 0.15), highest))
+
+    def measure(self, point: float) -> list[tuple[float, float]]:
+        """Bytes and squared error, relative to the weights', at one sparsity and each bit width."""
+        scale = self.group.size / sum(sample.numel() for sample in self.samples.values())
+        norm = sum(float(sample.double().square().sum()) for sample in self.samples.values()) or 1.0
+        out = {name: torch.empty_like(sample) for name, sample in self.samples.items()}
+        scans: dict[str, Any] = {}
+        measured = []
+        for b in self.bits:
+            quantize_group(self.group, Theta(pruning_rate_of(point), b), self.samples, out)
+            taken = float(_HEADER_BYTES * len(out))
+            for name, array in files.to_arrays(out).items():
+                if name not in scans:
+                    scans[name] = scan_of(array)  # type: ignore[arg-type]
+                taken += scale * encoded_size(array, scan=scans[name])  # type: ignore[arg-type]
+            error = sum(float((self.samples[t] - out[t]).double().square().sum()) for t in out)
+            measured.append((taken, max(error / norm, 1e-12)))
+        return measured
+
+    def model(self, measured: Sequence[Sequence[tuple[float, float]]]) -> SizeModel:
+        """The size model, from what `measure` gave at each point."""
+        clipped = Clipped.of(self.samples.values())
+        reached = clipped.sparsities(np.array(self.points))
+        logs = np.log(np.array(measured))  # (points, bits, 2)
+        log_bytes, log_distortion = (
+            {b: _curve(reached, logs[:, k, which]) for k, b in enumerate(self.bits)} for which in (0, 1)
+        )
+        return SizeModel(self.group, self.bits, self.points[-1], clipped, log_bytes, log_distortion)
 
 
 def _curve(points: Floats, values: Floats) -> PchipInterpolator:
