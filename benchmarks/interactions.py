@@ -4,9 +4,9 @@
 
 The default search runs with parts of it switched off; each plan is then fine-tuned as the recipe says, with the file
 held at the same size. The parts: candidates besides the surfaces' own plan (powers of the surfaces, uniform, global
-magnitude), refinement around the best one, and a few steps of fine-tuning inside an evaluation. The law between whole
-plans and sums does not move a plan of a given size; it is judged by its predictions: each measured plan along the curve
-is predicted from the law that the other measured plans give.
+magnitude, LAMP, ERK), refinement around the best one, and a few steps of fine-tuning inside an evaluation. The law
+between whole plans and sums does not move a plan of a given size; it is judged by its predictions: each measured plan
+along the curve is predicted from the law that the other measured plans give.
 
 Every result is kept in ``benchmarks/results/interactions.json`` and not repeated. Prints the tables of docs/search.md.
 """
@@ -28,7 +28,7 @@ from search import Bench
 
 from clipq.finetune.search import search_recipe
 from clipq.search import SearchRecord, Target, predict
-from clipq.search.candidates import starting_plans
+from clipq.search.candidates import families
 from clipq.search.predict import Interaction
 from clipq.search.settings import Silent
 
@@ -49,7 +49,7 @@ def run(bench: Bench, part: str) -> dict[str, Any]:
     others, changes = PARTS[part]
     recipe = bench.recipe.model_copy(update=changes)
     started = time.monotonic()
-    with nullcontext() if others else mock.patch.object(predict, "starting_plans", _own_plan):
+    with nullcontext() if others else mock.patch.object(predict, "families", _own_plan):
         record = search_recipe(
             bench.fabric, bench.network, bench.data, recipe, Target(bytes=bench.bytes), None, Silent()
         )
@@ -60,7 +60,7 @@ def run(bench: Bench, part: str) -> dict[str, Any]:
 
 def _own_plan(*arguments: Any) -> dict[str, Any]:
     """The one that the surfaces give."""
-    return dict(list(starting_plans(*arguments).items())[:1])
+    return dict(list(families(*arguments).items())[:1])
 
 
 def law(record: SearchRecord) -> list[dict[str, float]]:

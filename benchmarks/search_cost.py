@@ -9,6 +9,7 @@ image. A backward pass counts as two forward passes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from clipq.search import Settings
 from clipq.search.candidates import STARTING_PLANS
 from clipq.search.evaluator import Evaluator
 from clipq.search.groups import Theta, groups_of
-from clipq.search.predict import EVALUATIONS, WHOLE_PLANS
+from clipq.search.predict import EVALUATIONS, FINALISTS, SCREENING, WHOLE_PLANS
 from clipq.search.target import parse_bytes
 
 IMAGENET, VALIDATION = 1_281_167, 50_000
@@ -113,12 +114,15 @@ def main() -> None:
     memory = parse_bytes(fields["search_memory"])
     torch.manual_seed(0)
     costs = group_costs(resnet50(), torch.randn(1, 3, 224, 224))
-    judged = STARTING_PLANS + Settings().refinements + 1
+    screened, judged = STARTING_PLANS + Settings().refinements, FINALISTS + 1
+    share = math.ceil(SCREENING * steps)
     rows = {
         f"{len(costs)} layers alone, {EVALUATIONS} times each": alone(costs, EVALUATIONS, samples, memory),
         "the model as it is, and whole plans along the curve": (1 + WHOLE_PLANS) * samples,
-        f"{judged} plans of the wanted size, evaluated": judged * samples,
-        f"the same, fine-tuned for {steps} steps of {batch}": judged * steps * batch * 3,
+        f"{screened} plans of the wanted size, evaluated": screened * samples,
+        f"the same, fine-tuned for {share} steps of {batch}": screened * share * batch * 3,
+        f"{judged} of them, evaluated": judged * samples,
+        f"the same, fine-tuned for {steps} steps": judged * steps * batch * 3,
         "the validation set, before and after": 2 * VALIDATION,
     }
     total = sum(rows.values())

@@ -156,29 +156,29 @@ def test_an_evaluate_may_put_back_what_it_changed() -> None:
     assert everything_of(model) == before
 
 
-def gives_a_number(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> Any:
+def gives_a_number(model: nn.Module, plan: clipq.Plan, file_bytes: int, share: float) -> Any:
     return 0.5
 
 
-def gives_a_plan_of_fewer(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> clipq.Plan:
+def gives_a_plan_of_fewer(model: nn.Module, plan: clipq.Plan, file_bytes: int, share: float) -> clipq.Plan:
     return clipq.Plan({"0.weight": plan.tensors["0.weight"]})
 
 
-def gives_other_shapes(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> clipq.Plan:
+def gives_other_shapes(model: nn.Module, plan: clipq.Plan, file_bytes: int, share: float) -> clipq.Plan:
     return clipq.Plan({name: replace(tensor, shape=(1, *tensor.shape)) for name, tensor in plan.tensors.items()})
 
 
-def gives_no_rate(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> clipq.Plan:
+def gives_no_rate(model: nn.Module, plan: clipq.Plan, file_bytes: int, share: float) -> clipq.Plan:
     return clipq.Plan({name: replace(tensor, pruning_rate=1.5) for name, tensor in plan.tensors.items()})
 
 
-def fails(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> None:
+def fails(model: nn.Module, plan: clipq.Plan, file_bytes: int, share: float) -> None:
     model.train()
     model[0].weight.data.zero_()
     raise RuntimeError("no optimizer")
 
 
-def puts_something_on(model: nn.Module, plan: clipq.Plan, file_bytes: int) -> None:
+def puts_something_on(model: nn.Module, plan: clipq.Plan, file_bytes: int, share: float) -> None:
     nn.utils.parametrizations.weight_norm(model[0])
 
 
@@ -206,7 +206,7 @@ def test_what_recover_leaves_behind_is_taken_back() -> None:
     model = model_with_norm()
     before = everything_of(model)
 
-    def recover(m: nn.Module, plan: clipq.Plan, file_bytes: int) -> None:
+    def recover(m: nn.Module, plan: clipq.Plan, file_bytes: int, share: float) -> None:
         m.train()
         m(torch.randn(5, 6)).sum().backward()
         m[3].weight.data.add_(1)

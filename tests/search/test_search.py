@@ -15,6 +15,8 @@ from clipq.attach import attach
 from clipq.errors import PlanError, SearchError
 from clipq.hold import file_bytes
 from clipq.search import Settings, run_search
+from clipq.search.candidates import STARTING_PLANS
+from clipq.search.predict import SCREENING
 from tests.search.nets import (
     classification_loss,
     digits,
@@ -117,18 +119,22 @@ def test_a_search_is_repeatable() -> None:
 def test_recover_is_what_candidates_are_judged_by(classifier: nn.Module) -> None:
     model = classifier
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recovered = []
+    shares = []
 
-    def recover(network: nn.Module, plan: clipq.Plan, file_bytes: int) -> clipq.Plan:
+    def recover(network: nn.Module, plan: clipq.Plan, file_bytes: int, share: float) -> clipq.Plan:
         attachment = clipq.attach(network, torch.optim.SGD(network.parameters(), lr=0.0), plan)
         assert clipq.SizeHolder(network, attachment, file_bytes).finish() <= file_bytes
-        recovered.append(attachment.plan)
+        shares.append(share)
         attachment.detach()
         return attachment.plan
 
     settings = Settings(evaluations=3, refinements=3)
     record = run_search(model, classification_loss, Target(ratio=15), settings=settings, recover=recover)
-    assert len(recovered) >= 9 + 3
+    screened = [e.cost for e in record.evaluations if e.stage in ("candidates", "refine")]
+    judged = [e.cost for e in record.evaluations if e.stage == "finalists"]
+    assert shares == [SCREENING] * len(screened) + [1.0] * (len(judged) + 1)  # and once more for the plan's own file
+    assert len(screened) == STARTING_PLANS + 3
+    assert min(judged) <= min(screened)  # this recover only fits the size: its share makes no difference
     assert record.bytes <= record.float32_bytes / 15
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
