@@ -18,7 +18,7 @@ from clipq.search.sizes import sparsity
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#1a73e8", "#e8710a", "#188038", "#d93025", "#9aa0a6"
 _STAGES = ("base", "alone", "layerwise", "whole", "drop", "candidates", "refine", "finalists")
-_COLOURS = dict(zip(_STAGES, (_GREY, _BLUE, _BLUE, _GREEN, _GREY, _ORANGE, "#8430ce"), strict=True))
+_COLOURS = dict(zip(_STAGES, (_GREY, _BLUE, _BLUE, _GREEN, _GREY, _ORANGE, "#8430ce", _RED), strict=True))
 _MOST_NAMES = 40  # of groups that an axis can show
 _RATES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
