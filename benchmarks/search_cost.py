@@ -117,6 +117,7 @@ def main() -> None:
     rows = {
         f"{len(costs)} layers alone, {EVALUATIONS} times each": alone(costs, EVALUATIONS, samples, memory),
         "the model as it is, and whole plans along the curve": (1 + WHOLE_PLANS) * samples,
+        "the chosen plan, with fewer bytes in one layer": (len(costs) + 1) * samples,
         f"{judged} plans of the wanted size, evaluated": judged * samples,
         f"the same, fine-tuned for {steps} steps of {batch}": judged * steps * batch * 3,
         "the validation set, before and after": 2 * VALIDATION,
