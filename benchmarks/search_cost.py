@@ -123,6 +123,7 @@ def main() -> None:
         f"the same, fine-tuned for {share} steps of {batch}": screened * share * batch * 3,
         f"{judged} of them, evaluated": judged * samples,
         f"the same, fine-tuned for {steps} steps": judged * steps * batch * 3,
+        "the chosen plan, with fewer bytes in one layer": (len(costs) + 1) * samples,
         "the validation set, before and after": 2 * VALIDATION,
     }
     total = sum(rows.values())

@@ -25,7 +25,7 @@ from clipq.search.study import open_storage
 from tests.search.nets import small_regression
 
 WORKER = Path(__file__).parents[1] / "workers" / "search.py"
-EVALUATIONS = {"base": 1, "alone": 2 * 4, "whole": 6, "candidates": 11, "refine": 10, "plan": 1}
+EVALUATIONS = {"base": 1, "alone": 2 * 4, "whole": 6, "candidates": 11, "refine": 10, "plan": 1, "prices": 3}
 """Of each stage of the workers' search, which is over two tensors."""
 TOLERANCE = 0.1
 """By how much the cost of a shared search's plan may exceed a single worker's. The refinement knows, when it chooses a

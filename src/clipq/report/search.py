@@ -121,7 +121,7 @@ def _stage_rows(found: SearchRecord) -> list[tuple[str, ...]]:
 
 
 def _counts(found: SearchRecord) -> Counter[str]:
-    return Counter(e.stage for e in found.evaluations) + Counter({"plan": 1})
+    return Counter(e.stage for e in found.evaluations) + Counter({"plan": 1, "prices": len(found.groups) + 1})
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], text: set[int] | None = None) -> str:

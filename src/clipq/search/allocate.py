@@ -41,7 +41,7 @@ class Point:
 
 def trade_off(sizes: Sequence[SizeModel], costs: Sequence[CostAt]) -> list[Point]:
     """The curve from the smallest plan to the largest."""
-    tables = [Table.of(size, cost) for size, cost in zip(sizes, costs, strict=True)]
+    tables = [_Table.of(size, cost) for size, cost in zip(sizes, costs, strict=True)]
     steepest = max(table.cost.max() for table in tables) / max(min(table.bytes.min() for table in tables), 1e-9)
     total = sum(table.bytes.max() for table in tables)
     flattest = max(min(table.cost.min() for table in tables), 1e-12) / total * 1e-3
@@ -128,7 +128,7 @@ def _extreme(size: SizeModel, pick: Callable[..., Theta]) -> Theta:
 
 
 @dataclass(frozen=True)
-class Table:
+class _Table:
     """A group's θ on a grid, with their bytes and costs."""
 
     thetas: tuple[Theta, ...]
@@ -136,7 +136,7 @@ class Table:
     cost: Floats
 
     @classmethod
-    def of(cls, size: SizeModel, cost: CostAt) -> Table:
+    def of(cls, size: SizeModel, cost: CostAt) -> _Table:
         sparsities = np.linspace(0.0, size.highest, _GRID)
         thetas = tuple(Theta(pruning_rate_of(float(s)), b) for b in size.bits for s in sparsities)
         return cls(

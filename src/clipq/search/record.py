@@ -64,7 +64,7 @@ class GroupRecord:
     Attributes:
         bytes, share: predicted, in the file.
         cost, cost_share: what it adds alone to the cost, predicted.
-        remark: if it costs bytes without saving error, or the other way round.
+        remark: if it costs bytes without saving error, or the other way round; see `clipq.search.remarks`.
     """
 
     name: str

@@ -109,6 +109,7 @@ def run_search(
     else:
         expect_stages(context, target)
     context.schedule.expect("plan", "whole plan" if recover is None else "fine-tuned plan", 1)
+    context.expect_prices()
     with worker.alive():
         context.measure_base()
         prediction = None
@@ -124,6 +125,8 @@ def run_search(
             thetas, size = fit(context.sizes, thetas, wanted, context.file_bytes)
         plan = plan_of(groups, thetas)
         cost, drop = context.measure_plan(plan, wanted or size)
+        costs = None if prediction is None else [s.cost(t) for s, t in zip(prediction.surfaces, thetas, strict=True)]
+        records = group_records(context, thetas, size, costs)
     return SearchRecord(
         method=settings.method,
         target=target.given(),
@@ -133,7 +136,7 @@ def run_search(
         bytes=size,
         cost=cost,
         drop=drop,
-        groups=group_records(context, thetas, size, None if prediction is None else prediction.surfaces),
+        groups=records,
         evaluations=tuple(context.evaluations),
         curve=() if prediction is None else prediction.curve,
         interaction=None if prediction is None else (prediction.interaction.a, prediction.interaction.b),
