@@ -88,7 +88,8 @@ def part_of(tensor: Tensor, name: str) -> Part:
                 f"first, or leave it out of the plan"
             )
     mesh = tensor.device_mesh
-    groups = tuple(mesh.get_group(dim) for dim, placement in enumerate(tensor.placements) if placement.is_shard())
+    split = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard() and mesh.size(dim) > 1]
+    groups = tuple(mesh.get_group(dim) for dim in split)
     local = tensor.to_local()
     if not groups:
         return Part(local, tensor.numel(), None)
