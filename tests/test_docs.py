@@ -65,6 +65,9 @@ def test_what_a_page_shows_works(
     names = surroundings(tmp_path)
     if any("--data-root data" in block.text for block in blocks(page)):
         (tmp_path / "data").symlink_to(request.getfixturevalue("real_data"))
+    if any("init_process_group" in block.text for block in blocks(page)):  # what torchrun sets
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            monkeypatch.setenv(name, value)
     makefile = (ROOT / "Makefile").read_text()
     for block in blocks(page):
         if block.language == "python":

@@ -22,7 +22,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from clipq.errors import AttachError, PlanError
 from clipq.operator import Quantizer, QuantizerEntry
+from clipq.operator.split import is_distributed, local_of, mark_written
 from clipq.plan import Plan, TensorPlan
+from clipq.sharded import check_same_plan, reshard
 
 STATE_KEY = "clipq"
 """The key that `attach` adds to ``optimizer.state_dict()``: the full-precision weights and their plan."""
@@ -36,6 +38,9 @@ def attach(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], plan: P
     ``state_dict()``, so a resume is exact. Weights that the user writes into a planned parameter between two
     steps (a checkpoint, say) become its full-precision weights.
 
+    The network may be split over processes: after ``fully_shard`` (FSDP2), or with DTensor parameters placed as
+    Shard or Replicate. All processes then attach with the same plan; the result is that of one process, bit for bit.
+
     Args:
         model: the network itself, or that network in DistributedDataParallel or ``torch.compile``.
         optimizer: the optimizer, or the optimizers, that hold the planned parameters. A planned parameter that
@@ -43,11 +48,13 @@ def attach(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], plan: P
         plan: what to compress; see `Plan`.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or is another one than in another process that shares it.
         AttachError: a planned parameter is in no optimizer, in two, or attached already.
-        WeightError: a planned parameter has NaN or Inf, or a dtype that cannot be quantized.
+        WeightError: a planned parameter has NaN or Inf, or a dtype or placement that cannot be quantized.
     """
     network = _unwrap(model)
+    reshard(network)
+    check_same_plan(network, plan)
     plan.check(network)
     optimizers = [_innermost(o) for o in ([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))]
     planned = [
@@ -88,7 +95,10 @@ class Attachment:
 
     @property
     def full_precision(self) -> dict[str, Tensor]:
-        """The full-precision weights by parameter name: the live tensors, not copies; do not write to them."""
+        """The full-precision weights by parameter name: the live tensors, not copies; do not write to them.
+
+        DTensors where the parameters are.
+        """
         return {
             entry.name: entry.full for state in self._optimizers for entry in state.entries if entry.full is not None
         }
@@ -113,9 +123,34 @@ class Attachment:
             state.replan(plan)
         for entry in self._frozen:
             entry.restore()
-            entry.plan(plan.tensors[entry.name])
+            entry.tensor = plan.tensors[entry.name]
             entry.quantize_once()
         self.plan = plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """The full-precision weights and the plan, as ``optimizer.state_dict()`` has them under `STATE_KEY`.
+
+        For checkpoints that do not keep what they do not know of an optimizer's state, such as those of
+        ``torch.distributed.checkpoint``: give it the attachment as one more object with state.
+
+        Raises:
+            WeightError: the last steps on a GPU left NaN or Inf in a weight.
+        """
+        for state in self._optimizers:
+            state.check()
+        return _state([entry for state in self._optimizers for entry in state.entries])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the full-precision weights from a state; the parameters are quantized anew, at once.
+
+        Load the model and its optimizer first.
+
+        Raises:
+            AttachError: the state was saved under another plan.
+        """
+        _check_state(state, [entry for each in self._optimizers for entry in each.entries])
+        for each in self._optimizers:
+            each.load(state)
 
     def detach(self) -> None:
         """Give the plain optimizers back; the model keeps its quantized weights, the full-precision ones are dropped.
@@ -138,41 +173,44 @@ class _Entry:
     def __init__(self, name: str, parameter: nn.Parameter, tensor: TensorPlan) -> None:
         self.name = name
         self.parameter = parameter
-        self.plan(tensor)
-        self.full: Tensor | None = None
-        self.version = -1
-
-    def plan(self, tensor: TensorPlan) -> None:
         self.tensor = tensor
-        self.quantizer = Quantizer([QuantizerEntry(self.name, tensor.pruning_rate, tensor.bits)])
+        self.full: Tensor | None = None
+        self.version: tuple[int, ...] = ()
 
     def quantize_once(self) -> None:
         self.full = self.parameter.detach().clone()
-        self.quantizer([self.full], [self.parameter.detach()])
-        self.quantizer.check()
+        quantizer = _quantizer([self])
+        quantizer([self.full], [self.parameter])
+        quantizer.check()
 
     def restore(self) -> None:
         if self.full is not None:
             self.parameter.detach().copy_(self.full)
 
-    def follow_the_user(self) -> None:
-        """Take over what the user did to the parameter since the last step: moved it, or wrote new weights."""
-        parameter = self.parameter.detach()
-        full = self.full
-        assert full is not None
+    def follow_the_user(self, quantizer: Quantizer, place: int) -> None:
+        """Take over what the user did to the parameter since the last step: moved it, or wrote new weights.
+
+        Processes that the parameter is split over need not agree on whether it was written to.
+
+        Args:
+            quantizer: quantized the parameter last, as its entry ``place``.
+        """
+        parameter = self.parameter
+        full = _full(self)
         if (parameter.shape, parameter.dtype) != (full.shape, full.dtype):
             raise AttachError(
                 f"{self.name}: was {tuple(full.shape)} {full.dtype} when attached and is "
                 f"{tuple(parameter.shape)} {parameter.dtype} now; detach before converting a model, and attach again"
             )
+        if parameter.device == full.device and _version(parameter) == self.version:
+            return
+        # Most writes put back what was there (weights swapped for an average and back): those change nothing.
+        was = full.clone()
+        quantizer.recall(place, full, was)
         if parameter.device != full.device:
-            self.full = full = full.to(parameter.device)
-        if self.parameter._version != self.version:
-            # Most writes put back what was there (weights swapped for an average and back): those change nothing.
-            was = full.clone()
-            self.quantizer([full], [was])
-            written = parameter != was
-            full.copy_(torch.where(written, parameter, full))
+            self.full, was = full.to(parameter.device), was.to(parameter.device)
+        here, kept, now = (local_of(tensor) for tensor in (was, _full(self), parameter))
+        kept.copy_(torch.where(now != here, now, kept))
 
 
 class _AttachedOptimizer:
@@ -181,7 +219,7 @@ class _AttachedOptimizer:
     def __init__(self, optimizer: Optimizer, entries: list[_Entry]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.entries = entries
-        self._quantizer = self._new_quantizer()
+        self._quantizer = _quantizer(entries)
         for entry in entries:
             entry.full = entry.parameter.detach().clone()
         self._handles: list[RemovableHandle] = []
@@ -213,16 +251,12 @@ class _AttachedOptimizer:
             entry.full = None
 
     def replan(self, plan: Plan) -> None:
-        with torch.no_grad():
-            for entry in self.entries:
-                entry.follow_the_user()
-                entry.plan(plan.tensors[entry.name])
+        self._follow_the_user()
         self.check()
-        self._quantizer = self._new_quantizer()
+        for entry in self.entries:
+            entry.tensor = plan.tensors[entry.name]
+        self._quantizer = _quantizer(self.entries)
         self._quantize()
-
-    def _new_quantizer(self) -> Quantizer:
-        return Quantizer([QuantizerEntry(e.name, e.tensor.pruning_rate, e.tensor.bits) for e in self.entries])
 
     def check(self) -> None:
         """Raise `WeightError` if a weight had NaN or Inf in a step on a GPU; this waits for the device."""
@@ -231,20 +265,22 @@ class _AttachedOptimizer:
     @torch.no_grad()
     def _quantize(self) -> None:
         """Full-precision weights → quantized weights in the model."""
-        self._quantizer([_full(e) for e in self.entries], [e.parameter.detach() for e in self.entries])
+        self._quantizer([_full(e) for e in self.entries], [e.parameter for e in self.entries])
         for entry in self.entries:
-            entry.version = entry.parameter._version
+            entry.version = _version(entry.parameter)
 
     @torch.no_grad()
     def _show_full_precision(self) -> None:
-        for entry in self.entries:
-            if entry.full is not None:
-                entry.parameter.detach().copy_(entry.full)
+        _copy_all([_full(e) for e in self.entries], [e.parameter for e in self.entries])
 
     @torch.no_grad()
     def _take_full_precision(self) -> None:
-        for entry in self.entries:
-            _full(entry).copy_(entry.parameter.detach())
+        _copy_all([e.parameter for e in self.entries], [_full(e) for e in self.entries])
+
+    @torch.no_grad()
+    def _follow_the_user(self) -> None:
+        for place, entry in enumerate(self.entries):
+            entry.follow_the_user(self._quantizer, place)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,8 +292,7 @@ class _AttachedOptimizer:
                     f"{entry.name}: is no longer in the {type(optimizer).__name__} that it was attached to; detach "
                     f"before changing an optimizer's parameters, and attach again"
                 )
-            with torch.no_grad():
-                entry.follow_the_user()
+        self._follow_the_user()
         self._show_full_precision()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if callable(closure):
@@ -283,41 +318,53 @@ class _AttachedOptimizer:
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.check()
-        state_dict[STATE_KEY] = {
-            "version": 1,
-            "plan": {e.name: dataclasses.asdict(e.tensor) for e in self.entries},
-            "weights": {e.name: _full(e) for e in self.entries},
-        }
+        state_dict[STATE_KEY] = _state(self.entries)
 
-    @torch.no_grad()
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Full-precision weights from a state; a state without them leaves the ones that are there."""
-        state = state_dict.get(STATE_KEY)
-        if state is None:
-            return
-        mine = {e.name: dataclasses.asdict(e.tensor) for e in self.entries}
-        if state.get("version") != 1:
-            raise AttachError(
-                f"the optimizer's state has clipq state of version {state.get('version')!r}; this clipq reads version "
-                f"1: use the clipq that wrote it"
-            )
-        theirs = state["plan"]
-        differences = [
-            f"{name}: {mine.get(name, 'not planned')} here, {theirs.get(name, 'not planned')} in the state"
-            for name in [*mine, *(n for n in theirs if n not in mine)]
-            if _plain(mine.get(name)) != _plain(theirs.get(name))
-        ]
-        if differences:
-            raise AttachError(
-                "the optimizer's state was saved under another plan:\n  "
-                + "\n  ".join(differences)
-                + f"\nAttach with the plan of the saved run, or delete {STATE_KEY!r} from the state to start from the "
-                f"model's weights"
-            )
+        if STATE_KEY in state_dict:
+            _check_state(state_dict[STATE_KEY], self.entries)
+            self.load(state_dict[STATE_KEY])
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """The full-precision weights of a state that `_check_state` found to fit."""
         for entry in self.entries:
             _full(entry).copy_(state["weights"][entry.name])
         self._quantize()
         self.check()
+
+
+def _state(entries: Iterable[_Entry]) -> dict[str, Any]:
+    """What a checkpoint keeps."""
+    return {
+        "version": 1,
+        "plan": {e.name: dataclasses.asdict(e.tensor) for e in entries},
+        "weights": {e.name: _full(e) for e in entries},
+    }
+
+
+def _check_state(state: dict[str, Any], entries: Iterable[_Entry]) -> None:
+    """Raise `AttachError` unless a state was saved with the plan of these entries."""
+    mine = {e.name: dataclasses.asdict(e.tensor) for e in entries}
+    if state.get("version") != 1:
+        raise AttachError(
+            f"the optimizer's state has clipq state of version {state.get('version')!r}; this clipq reads version 1: "
+            f"use the clipq that wrote it"
+        )
+    theirs = state["plan"]
+    differences = [
+        f"{name}: {mine.get(name, 'not planned')} here, {theirs.get(name, 'not planned')} in the state"
+        for name in [*mine, *(n for n in theirs if n not in mine)]
+        if _plain(mine.get(name)) != _plain(theirs.get(name))
+    ]
+    if differences:
+        raise AttachError(
+            "the optimizer's state was saved under another plan:\n  "
+            + "\n  ".join(differences)
+            + f"\nAttach with the plan of the saved run, or delete {STATE_KEY!r} from the state to start from the "
+            f"model's weights"
+        )
 
 
 class _Guard:
@@ -389,6 +436,20 @@ def _full(entry: _Entry) -> Tensor:
     return entry.full
 
 
+def _quantizer(entries: Iterable[_Entry]) -> Quantizer:
+    return Quantizer([QuantizerEntry(e.name, e.tensor.pruning_rate, e.tensor.bits) for e in entries])
+
+
+def _copy_all(sources: list[Tensor], targets: list[Tensor]) -> None:
+    torch._foreach_copy_([local_of(t) for t in targets], [local_of(t) for t in sources])
+    mark_written(targets)
+
+
+def _version(parameter: Tensor) -> tuple[int, ...]:
+    """Counts the writes to a parameter; those to a DTensor, and those to the part of it that is here."""
+    return (parameter._version, local_of(parameter)._version) if is_distributed(parameter) else (parameter._version,)
+
+
 def _shape(tensor: TensorPlan | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
@@ -425,9 +486,12 @@ def _owner(entry: _Entry, optimizers: list[Optimizer]) -> Optimizer | None:
     if len(holders) > 1:
         raise AttachError(f"{entry.name}: is in {len(holders)} of the optimizers; a planned parameter must be in one")
     if not holders and entry.parameter.requires_grad:
+        hint = (
+            " (make the optimizer after the model is split over processes)" if is_distributed(entry.parameter) else ""
+        )
         raise AttachError(
-            f"{entry.name}: is planned but in no optimizer; add it to one, leave it out of the plan, or freeze it with "
-            f"requires_grad_(False) to have it quantized once"
+            f"{entry.name}: is planned but in no optimizer{hint}; add it to one, leave it out of the plan, or freeze "
+            f"it with requires_grad_(False) to have it quantized once"
         )
     return holders[0] if holders else None
 

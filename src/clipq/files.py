@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clipq import archive
+from clipq import archive, sharded
 from clipq.archive import dtypes
 from clipq.errors import ArchiveError, MismatchError
 
@@ -103,6 +103,8 @@ def save(
     the others are stored as they are. Tied tensors are stored once and come back tied. The file is written
     whole or not at all.
 
+    Of a model that is split over processes (FSDP2, DTensors) all of them call this; the first one writes the file.
+
     Args:
         model: a module, or a mapping from names to dense tensors of any dtype, shape, strides and device.
         path: usually with the ending ``.clipq``.
@@ -118,7 +120,12 @@ def save(
     Example:
         >>> clipq.save(model, "model.clipq").bytes
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    state = sharded.named_tensors(model)
+    if sharded.is_split(state):
+        return sharded.on_first_rank(
+            state,
+            lambda whole: save(whole, path, plan=plan, effort=effort, bfloat16_rest=bfloat16_rest, metadata=metadata),
+        )
     tensors = to_arrays(round_rest(state, plan) if bfloat16_rest else state)
     planned = {n: archive.Planned(t.pruning_rate, t.bits) for n, t in (plan.tensors if plan else {}).items()}
     content = archive.encode_file(tensors, planned=planned, metadata=metadata, effort=effort)
@@ -165,7 +172,8 @@ def load(
     Args:
         source: a path, URL, bytes, memory map or open file, as `clipq.archive.Archive` takes.
         into: a module whose tensors have the file's names, shapes and dtypes; it is filled in place, on
-            whatever devices its tensors are.
+            whatever devices its tensors are. If it is split over processes all of them call this, and each reads the
+            file.
         limit: the most bytes of decoded tensors; None for 1 GiB or 4096 times the file's size.
 
     Returns:
@@ -185,7 +193,7 @@ def load(
         return tensors
     with torch.no_grad():
         for name, tensor in tensors.items():
-            target[name].copy_(tensor)
+            target[name].copy_(sharded.like(target[name], tensor))
     return into
 
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from clipq import archive, files
+from clipq import archive, files, sharded
 from clipq.attach import Attachment
 from clipq.plan import Plan, TensorPlan
 
@@ -22,10 +22,16 @@ _AIM = 1 - SHORTFALL / 4
 _TRIES = 16
 
 
-def file_bytes(model: nn.Module | Mapping[str, object], plan: Plan) -> int:
-    """The bytes of the file that `clipq.save` would write of a model."""
+def file_bytes(model: nn.Module | Mapping[str, Tensor], plan: Plan) -> int:
+    """The bytes of the file that `clipq.save` would write of a model.
+
+    Of a model that is split over processes all of them must call it; one encodes, and all are told.
+    """
+    state = sharded.named_tensors(model)
+    if sharded.is_split(state):
+        return sharded.on_first_rank(state, lambda whole: file_bytes(whole, plan))
     planned = {name: archive.Planned(t.pruning_rate, t.bits) for name, t in plan.tensors.items()}
-    return len(archive.encode_file(files.to_arrays(model), planned=planned))  # type: ignore[arg-type]
+    return len(archive.encode_file(files.to_arrays(state), planned=planned))
 
 
 class SizeHolder:

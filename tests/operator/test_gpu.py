@@ -26,6 +26,7 @@ import clipq
 from clipq.errors import WeightError
 from clipq.operator import Quantizer, QuantizerEntry
 from clipq.operator.reference import clip_quantize
+from clipq.operator.split import part_of
 from tests.operator.tensors import bit_widths, bits_of, pruning_rates, weights
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -59,7 +60,7 @@ def quantized(quantize: GpuQuantizer, step: list[Tensor]) -> list[Tensor]:
     step = [w.to(DEVICE) for w in step]
     before = [w.clone() for w in step]
     out = [torch.full_like(w, 7) for w in step]
-    quantize(range(len(step)), step, out)
+    quantize(range(len(step)), [part_of(w, "layer") for w in step], out)
     quantize.check()
     assert all(torch.equal(bits_of(w), bits_of(b)) for w, b in zip(step, before, strict=True)), "the weight was changed"
     return [o.cpu() for o in out]
@@ -136,7 +137,7 @@ def test_in_place_at_any_address_and_nothing_beside_it_is_written() -> None:
         weight.copy_(torch.randn(2500))
         expected = clip_quantize(weight.cpu(), 0.5, 3).quantized
         quantize = quantizer((0.5, 3))
-        quantize([0], [weight], [weight])
+        quantize([0], [part_of(weight, "layer")], [weight])
         assert_same_bits(weight.cpu(), expected)
         assert (storage[:offset] == 9).all()
         assert (storage[offset + 2500 :] == 9).all()
@@ -152,15 +153,15 @@ def test_a_weight_that_is_not_finite_is_told_later_and_nothing_is_written_until_
     out = [torch.full_like(w, 7) for w in (good, bad)]
     quantize = quantizer((0.5, 3), (0.5, 3))
     bad[-3] = value
-    quantize([0, 1], [good, bad], out)  # says nothing: that would be to wait
+    quantize([0, 1], [part_of(good, "good"), part_of(bad, "bad")], out)  # says nothing: that would be to wait
     if ON_GPU:
         torch.cuda.synchronize()
     assert all((o == 7).all() for o in out)
     bad[-3] = 0
     with pytest.raises(WeightError, match=r"^layer1: had NaN or Inf in an earlier step"):
-        quantize([0, 1], [good, bad], out)
+        quantize([0, 1], [part_of(good, "good"), part_of(bad, "bad")], out)
     assert all((o == 7).all() for o in out)
-    quantize([0, 1], [good, bad], out)
+    quantize([0, 1], [part_of(good, "good"), part_of(bad, "bad")], out)
     quantize.check()
     for o, w in zip(out, (good, bad), strict=True):
         assert_same_bits(o.cpu(), clip_quantize(w.cpu(), 0.5, 3).quantized)
@@ -171,7 +172,7 @@ def test_check_waits_for_the_news() -> None:
     weight = torch.tensor([1.0, float("nan")], device=DEVICE)
     quantize = quantizer((0.5, 3))
     quantize.check()
-    quantize([0], [weight], [weight])
+    quantize([0], [part_of(weight, "layer")], [weight])
     with pytest.raises(WeightError, match=r"^layer0: had NaN or Inf"):
         quantize.check()
     quantize.check()

@@ -29,6 +29,7 @@ JOB = np.dtype(
         ("weight", np.int64),  # address
         ("out", np.int64),  # address
         ("size", np.int64),
+        ("total", np.int64),  # weights of the tensor in all processes that it is split over
         ("pruning_rate", np.float64),
         ("bits", np.int64),
         ("infinity", np.int64),  # the key of infinity: all keys below it are finite
@@ -37,12 +38,13 @@ JOB = np.dtype(
         ("threshold", np.int64, SIGNS),  # keys, from here on
         ("largest", np.int64, SIGNS),
         ("found", np.int64, SIGNS),
+        ("reach", np.int64, SIGNS),  # of a split tensor: how far around the last threshold the next is looked for
         ("intervals", np.int64, SIGNS),
         ("scale_exponent", np.int64),
         ("limb_bits", np.int64),
     ]
 )
-"""One tensor of a batch, from the first pass to the last; low, high and threshold live from call to call."""
+"""One tensor of a batch, from the first pass to the last; low, high, threshold and reach live from call to call."""
 
 compiled: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy")
 intrinsic: Callable[..., Any] = extending.intrinsic

@@ -2,7 +2,8 @@
 
 A counting pass counts the keys below, in and above a narrow range around the last call's threshold, and lists
 those inside; the threshold is then selected from the list. Where the range misses the threshold it moves; where
-the list has no room for the range, keys are counted in bins and the range becomes one bin.
+the list has no room for the range, keys are counted in bins and the range becomes one bin. A tensor that is split
+over processes has no list, only counts, which the processes add up after each pass.
 
 The counting loop is written so that LLVM turns it into vector code: counters as narrow as the keys, integer
 maxima, no branch.
@@ -28,6 +29,8 @@ from clipq.operator.cpu_bits import (
 
 BLOCK = 1024
 BINS = 2048
+SPLIT_BINS = 1024
+"""Bins for a tensor that is split over processes: they send them to each other."""
 LIST_CAPACITY = 32768
 NONZERO, FROM_LOW, FROM_HIGH, LARGEST, TALLIES = 0, 1, 2, 3, 4
 
@@ -44,6 +47,14 @@ def locate(jobs: Any, which: Any, tag: Any, tally: Any, length: Any, keys: Any, 
 
 
 @compiled
+def count_pieces(jobs: Any, pieces: Any, tag: Any, tally: Any, length: Any, keys: Any, bins: Any) -> None:
+    """`count_segment` for some pieces (index, start, stop) of tensors, into the arrays' row of each tensor."""
+    for i in range(pieces.shape[0]):
+        index, start, stop = pieces[i]
+        count_segment(jobs[index], start, stop, tag, tally[index], length[index], keys[index], bins[index])
+
+
+@compiled
 def count_segment(job: Any, start: int, stop: int, tag: Any, tally: Any, length: Any, keys: Any, bins: Any) -> None:
     """One counting pass over ``weight[start:stop]``.
 
@@ -52,14 +63,14 @@ def count_segment(job: Any, start: int, stop: int, tag: Any, tally: Any, length:
         length, keys: the list gets the keys in [low, high), those of negative weights as -key, as far as there
             is room.
         bins: per sign, gets the number of those keys by their distance from low, see `bin_shift`; only for a
-            tensor of more weights than the list may hold.
+            tensor of more weights than there is room in the list.
     """
     bits = weights_at(job.weight, job.size, tag)
     for sign in range(SIGNS):
         for i in range(TALLIES):
             tally[sign, i] = 0
-        if job.size > LIST_CAPACITY:
-            for i in range(BINS):
+        if job.size > keys.shape[0]:
+            for i in range(bins.shape[1]):
                 bins[sign, i] = 0
     listed = 0
     sign_bit = np.int64(-1) << (8 * bits.itemsize - 1)
@@ -70,10 +81,10 @@ def count_segment(job: Any, start: int, stop: int, tag: Any, tally: Any, length:
             n_fresh = _list_block(part, job, fresh)
             for i in range(n_fresh):
                 key = np.int64(fresh[i])
-                if listed < LIST_CAPACITY:
+                if listed < keys.shape[0]:
                     keys[listed] = key if key > 0 else -(key ^ sign_bit)
                     listed += 1
-            if job.size > LIST_CAPACITY:
+            if job.size > keys.shape[0]:
                 _bin_keys(fresh[:n_fresh], sign_bit, job, bins)
     length[0] = listed
 
@@ -132,8 +143,8 @@ def _list_block(part: Any, job: Any, fresh: Any) -> Any:
 
 @compiled
 def _bin_keys(fresh: Any, sign_bit: int, job: Any, bins: Any) -> None:
-    n_shift = bin_shift(job.high[NEGATIVE] - job.low[NEGATIVE])
-    p_shift = bin_shift(job.high[POSITIVE] - job.low[POSITIVE])
+    n_shift = bin_shift(job.high[NEGATIVE] - job.low[NEGATIVE], bins.shape[1])
+    p_shift = bin_shift(job.high[POSITIVE] - job.low[POSITIVE], bins.shape[1])
     for i in range(fresh.shape[0]):
         key = np.int64(fresh[i])
         if key < 0:
@@ -143,10 +154,10 @@ def _bin_keys(fresh: Any, sign_bit: int, job: Any, bins: Any) -> None:
 
 
 @compiled
-def bin_shift(width: int) -> Any:
+def bin_shift(width: int, n_bins: int) -> Any:
     """How far to shift a key's distance from low, in [0, width), for it to be a bin's number."""
     shift = 0
-    while (width - 1) >> shift >= BINS:
+    while (width - 1) >> shift >= n_bins:
         shift += 1
     return shift
 
@@ -198,7 +209,7 @@ def _settle_sign(job: Any, sign: int, tally: Any, length: Any, keys: Any, bins: 
         if gathered.shape[0] == inside:
             _finish(job, sign, _kth_smallest(gathered, rank - below), nonzero, inside)
             return
-        shift = bin_shift(high - low)
+        shift = bin_shift(high - low, bins.shape[2])
         number, under = -1, below
         while under < rank:
             number += 1
@@ -231,10 +242,14 @@ def _gather(sign: int, length: Any, keys: Any) -> Any:
 def _finish(job: Any, sign: int, key: int, nonzero: int, inside: int) -> None:
     """Note a threshold, and where to look for it in the next call: around it, wider the more it moves."""
     moved = abs(key - job.threshold[sign]) if job.threshold[sign] else 0
-    keys_per_weight = float(job.high[sign] - job.low[sign]) / inside
-    wanted = min(max(nonzero / 512, 16.0), LIST_CAPACITY / 16) * keys_per_weight
-    most = min(max(nonzero / 32, 32.0), LIST_CAPACITY / 4) * keys_per_weight
-    half = np.int64(min(max(wanted, 4.0 * moved), most, float(job.infinity >> 1)))
+    if job.reach[sign]:
+        half = max(min(4 * min(moved, job.infinity >> 3), job.infinity >> 1), job.reach[sign] // 2, SPLIT_BINS // 2 - 1)
+        job.reach[sign] = half
+    else:
+        keys_per_weight = float(job.high[sign] - job.low[sign]) / inside
+        wanted = min(max(nonzero / 512, 16.0), LIST_CAPACITY / 16) * keys_per_weight
+        most = min(max(nonzero / 32, 32.0), LIST_CAPACITY / 4) * keys_per_weight
+        half = np.int64(min(max(wanted, 4.0 * moved), most, float(job.infinity >> 1)))
     job.threshold[sign], job.found[sign] = key, 1
     job.low[sign] = max(1, key - half)
     job.high[sign] = key + min(half + 1, job.infinity - key)

@@ -35,13 +35,32 @@ COUNT, HIGH_LIMB, LOW_LIMB, SUMS = 0, 1, 2, 3
 
 @compiled
 def quantize(jobs: Any, which: Any, tag: Any, sums: Any, levels: Any) -> None:
-    """Partition and quantize some whole tensors; the arrays are those of `sum_segment` for one, and `round_levels`."""
+    """Partition and quantize some whole tensors.
+
+    The arrays are those of `sum_segment` for one segment, and those of `round_levels`, one a tensor.
+    """
     for index in which:
         job = jobs[index]
         prepare(job, tag)
         sum_segment(job, 0, job.size, tag, sums[0])
-        round_levels(job, tag, sums, levels)
-        assign_segment(job, 0, job.size, tag, levels)
+        round_levels(job, tag, sums, levels[index])
+        assign_segment(job, 0, job.size, tag, levels[index])
+
+
+@compiled
+def sum_pieces(jobs: Any, pieces: Any, tag: Any, sums: Any) -> None:
+    """`sum_segment` for some pieces (index, start, stop) of tensors, into the row of each tensor."""
+    for i in range(pieces.shape[0]):
+        index, start, stop = pieces[i]
+        sum_segment(jobs[index], start, stop, tag, sums[index])
+
+
+@compiled
+def assign_pieces(jobs: Any, pieces: Any, tag: Any, levels: Any) -> None:
+    """`assign_segment` for some pieces (index, start, stop) of tensors."""
+    for i in range(pieces.shape[0]):
+        index, start, stop = pieces[i]
+        assign_segment(jobs[index], start, stop, tag, levels[index])
 
 
 @compiled
@@ -51,7 +70,7 @@ def prepare(job: Any, tag: Any) -> None:
     With one bit both sides get an interval, until `round_levels` knows their gains.
     """
     length = 0
-    while job.size >> length:
+    while job.total >> length:
         length += 1
     largest = np.float64(magnitude(max(job.largest[NEGATIVE], job.largest[POSITIVE]), tag))
     job.limb_bits = 62 - length

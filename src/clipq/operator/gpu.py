@@ -24,6 +24,7 @@ from torch import Tensor
 
 from clipq.errors import WeightError
 from clipq.operator import gpu_bits, gpu_clip, gpu_quantize
+from clipq.operator.split import Part, Reduction
 
 CHUNK = 16384
 """Weights that one program works on."""
@@ -53,9 +54,9 @@ class Entry(Protocol):
     def bits(self) -> int: ...
 
 
-def is_supported(weight: Tensor) -> bool:
-    """Whether the kernels take this tensor's dtype and size; the others are left to the reference."""
-    return weight.dtype in _STORAGE and weight.numel() <= LARGEST_SIZE
+def is_supported(dtype: torch.dtype, total: int) -> bool:
+    """Whether the kernels take tensors of this dtype and so many weights; the others are left to the reference."""
+    return dtype in _STORAGE and total <= LARGEST_SIZE
 
 
 class GpuQuantizer:
@@ -69,12 +70,13 @@ class GpuQuantizer:
         self._entries = tuple(entries)
         self._device = device
         self._flags = _Flags([entry.name for entry in entries], device)
-        self._batches: dict[tuple[torch.dtype, tuple[int, ...]], _Batch] = {}
+        self._batches: dict[tuple[torch.dtype, Reduction | None, tuple[int, ...]], _Batch] = {}
+        self._latest: dict[int, tuple[_Batch, int]] = {}  # by entry: the batch and the place in it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._entries, self._device)
 
-    def __call__(self, which: Sequence[int], weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    def __call__(self, which: Sequence[int], weights: Sequence[Part], out: Sequence[Tensor]) -> None:
         """Write the quantized form of ``weights[j]``, by entry ``which[j]``, to ``out[j]``.
 
         Args:
@@ -85,21 +87,32 @@ class GpuQuantizer:
             WeightError: in an earlier call a tensor had NaN or Inf, and nothing was written since.
         """
         self._flags.raise_if_known()
-        groups: dict[torch.dtype, list[int]] = {}
+        groups: dict[tuple[torch.dtype, Reduction | None], list[int]] = {}
         for j, weight in enumerate(weights):
-            groups.setdefault(weight.dtype, []).append(j)
+            groups.setdefault((weight.local.dtype, weight.reduction), []).append(j)
         batches = []
-        with torch.cuda.device(self._device if self._device.type == "cuda" else -1):
-            for dtype, members in groups.items():
-                key = (dtype, tuple(which[j] for j in members))
+        with self._current_device():
+            for (dtype, reduction), members in groups.items():
+                key = (dtype, reduction, tuple(which[j] for j in members))
                 if key not in self._batches:
-                    entries = [self._entries[i] for i in key[1]]
-                    self._batches[key] = _Batch(entries, key[1], dtype, self._flags.device_flags)
-                batches.append(self._batches[key])
-                batches[-1].locate([weights[j] for j in members], [out[j] for j in members])
+                    entries = [self._entries[i] for i in key[2]]
+                    self._batches[key] = _Batch(entries, key[2], dtype, self._flags.device_flags, reduction)
+                batch = self._batches[key]
+                self._latest |= {i: (batch, place) for place, i in enumerate(key[2])}
+                batch.locate([weights[j] for j in members], [out[j] for j in members])
+                batches.append(batch)
             for batch in batches:
                 batch.quantize()
             self._flags.send()
+
+    def recall(self, i: int, weight: Tensor, out: Tensor) -> None:
+        """Write to ``out`` what the last call wrote for entry i, if it was given the same weights."""
+        batch, place = self._latest[i]
+        with self._current_device():
+            batch.recall(place, weight, out)
+
+    def _current_device(self) -> torch.cuda.device:
+        return torch.cuda.device(self._device if self._device.type == "cuda" else -1)
 
     def check(self) -> None:
         """Wait for the device; raise `WeightError` if in any call so far a tensor had NaN or Inf."""
@@ -153,11 +166,23 @@ class _Flags:
 
 
 class _Batch:
-    """The tensors of one dtype: their tables on the device, and the launches that work on them."""
+    """The tensors of one dtype: their tables on the device, and the launches that work on them.
 
-    def __init__(self, entries: Sequence[Entry], which: Sequence[int], dtype: torch.dtype, flags: Tensor) -> None:
+    Those of a batch are all split over the same processes, or not at all. All of the processes then make the same
+    calls, but for `recall`, and add up counts in between.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        which: Sequence[int],
+        dtype: torch.dtype,
+        flags: Tensor,
+        reduction: Reduction | None,
+    ) -> None:
         n, device = len(entries), flags.device
         self._device, self._flags = device, flags
+        self._reduction = reduction
         code, self._key_shift = _STORAGE[dtype]
         infinity = int(gpu_bits.INFINITY.value) >> self._key_shift
         octave = 0x800000 >> self._key_shift  # keys from a power of two to the next
@@ -192,17 +217,23 @@ class _Batch:
         self._counts = torch.zeros(n * columns * slots, dtype=torch.int32, device=device)
         self._sums = torch.zeros(n * columns * slots, dtype=torch.int64, device=device)
         self._levels = torch.zeros(n * slots, dtype=torch.int32, device=device)
-        self._placed: tuple[tuple[int, int, int], ...] = ()
+        self._placed: tuple[tuple[int, int, int, int], ...] = ()
         self._jobs = self._work = self._flags
         self._programs = 0
 
-    def locate(self, weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    def locate(self, weights: Sequence[Part], out: Sequence[Tensor]) -> None:
         """Find the thresholds of all tensors; for these also note where to write."""
-        self._place(tuple((w.data_ptr(), o.data_ptr(), w.numel()) for w, o in zip(weights, out, strict=True)))
+        self._place(
+            tuple(
+                (w.local.data_ptr(), o.data_ptr(), w.local.numel(), w.total) for w, o in zip(weights, out, strict=True)
+            )
+        )
         for _ in range(self._passes):
             gpu_clip.count[(self._programs,)](
                 self._jobs, self._work, self._sides, self._bins, KEY_SHIFT=self._key_shift, **self._tiles
             )
+            if self._reduction is not None:
+                self._add_up_counts(self._reduction)
             gpu_clip.settle[(len(weights),)](
                 self._jobs,
                 self._sides,
@@ -220,6 +251,8 @@ class _Batch:
         gpu_quantize.add_up[(self._programs,)](
             self._jobs, self._work, self._sides, self._counts, self._sums, **self._table, **self._tiles
         )
+        if self._reduction is not None:
+            self._add_up_sums(self._reduction)
         gpu_quantize.round_levels[(len(self._placed),)](
             self._jobs,
             self._sides,
@@ -235,13 +268,43 @@ class _Batch:
             self._jobs, self._work, self._sides, self._levels, self._flags, SLOTS=self._table["SLOTS"], **self._tiles
         )
 
-    def _place(self, placed: tuple[tuple[int, int, int], ...]) -> None:
-        """Have the tables for tensors at these addresses (weight, out) and of these sizes on the device."""
+    def recall(self, place: int, weight: Tensor, out: Tensor) -> None:
+        """Assign the levels of the last `quantize` to the tensor in one place; its weights may lie elsewhere now."""
+        first = range(0, weight.numel(), CHUNK)
+        jobs = self._jobs.clone()
+        at = [gpu_bits.WEIGHT.value, gpu_bits.OUT.value]
+        jobs[place, at[0] : at[1] + 1] = _upload(np.array([weight.data_ptr(), out.data_ptr()], np.int64), self._device)
+        work = _upload(np.array([(place, start) for start in first], np.int32).reshape(-1, 2), self._device)
+        aligned = weight.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
+        tiles = {**self._tiles, "ALIGNED": aligned}
+        gpu_quantize.assign[(len(first),)](
+            jobs, work, self._sides, self._levels, self._flags, SLOTS=self._table["SLOTS"], **tiles
+        )
+
+    def _add_up_counts(self, reduction: Reduction) -> None:
+        """What `count` counted here → what it counted in all processes."""
+        tallies = self._sides[:, :, gpu_bits.NONZERO.value : gpu_bits.FROM_LOW.value + 1]
+        counts = reduction.sum(torch.cat([tallies.reshape(-1), self._bins]))
+        tallies.copy_(counts[: tallies.numel()].view_as(tallies))
+        self._bins.copy_(counts[tallies.numel() :])
+        largest = self._sides[:, :, gpu_bits.LARGEST.value]
+        largest.copy_(reduction.max(largest.contiguous()))
+
+    def _add_up_sums(self, reduction: Reduction) -> None:
+        """What `add_up` added up here → what it added up in all processes, in the first copy of its tables."""
+        tables = [t.view(-1, self._table["COLUMNS"], self._table["SLOTS"]) for t in (self._counts, self._sums)]
+        totals = reduction.sum(torch.stack([table.sum(1, dtype=torch.int64) for table in tables]))
+        for table, total in zip(tables, totals, strict=True):
+            table.zero_()
+            table[:, 0] = total
+
+    def _place(self, placed: tuple[tuple[int, int, int, int], ...]) -> None:
+        """Have the tables for tensors at these addresses (weight, out), of these sizes and totals, on the device."""
         if placed == self._placed:
             return
         jobs = self._hyperparameters.copy()
-        jobs[:, [gpu_bits.WEIGHT.value, gpu_bits.OUT.value, gpu_bits.SIZE.value]] = placed
-        work = [(t, first) for t, (_, _, size) in enumerate(placed) for first in range(0, size, CHUNK)]
+        jobs[:, [c.value for c in (gpu_bits.WEIGHT, gpu_bits.OUT, gpu_bits.SIZE, gpu_bits.TOTAL)]] = placed
+        work = [(t, first) for t, (_, _, size, _) in enumerate(placed) for first in range(0, size, CHUNK)]
         self._jobs = _upload(jobs, self._device)
         self._work = _upload(np.array(work, np.int32).reshape(-1, 2), self._device)
         self._programs = len(work)

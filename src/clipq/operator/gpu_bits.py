@@ -19,7 +19,8 @@ SIZE: tl.constexpr = tl.constexpr(2)
 RATE: tl.constexpr = tl.constexpr(3)  # the pruning rate's float64 bits
 BITS: tl.constexpr = tl.constexpr(4)
 FLAG: tl.constexpr = tl.constexpr(5)  # where among the flags the tensor's is
-JOB_FIELDS: tl.constexpr = tl.constexpr(6)
+TOTAL: tl.constexpr = tl.constexpr(6)  # weights of the tensor in all processes that it is split over
+JOB_FIELDS: tl.constexpr = tl.constexpr(7)
 
 # Columns of the sides table, int32, two rows a tensor: the negative side, then the positive one.
 LOW: tl.constexpr = tl.constexpr(0)  # the threshold's key is looked for in [low, high)

@@ -30,6 +30,7 @@ from clipq.operator.gpu_bits import (
     SIDE_FIELDS,
     SIZE,
     THRESHOLD,
+    TOTAL,
     WEIGHT,
     bit_length,
     load_weights,
@@ -220,7 +221,7 @@ def _prepare(
     positive_largest = tl.load(positive_side + LARGEST) << KEY_SHIFT
     largest = tl.maximum(negative_largest, positive_largest)
     exponent = tl.where(largest >= 0x800000, (largest >> 23) - 126, bit_length(largest) - 149)
-    scale = 62 - bit_length(tl.load(job + SIZE)) - exponent
+    scale = 62 - bit_length(tl.load(job + TOTAL)) - exponent
 
     negative_edge = tl.load(negative_side + THRESHOLD) << KEY_SHIFT
     positive_edge = tl.load(positive_side + THRESHOLD) << KEY_SHIFT

@@ -57,13 +57,14 @@ def add_up(
     table = (tensor * COLUMNS + program % COLUMNS) * SLOTS
     for first in range(start, tl.minimum(start + CHUNK, size), TILE):
         bits = load_weights(address, first, size, DTYPE, False, TILE)
-        is_negative = bits < 0
         kept, slot = _slot(
-            bits & MAGNITUDE,
-            tl.where(is_negative, negative_edge, positive_edge),
-            tl.where(is_negative, negative_density, positive_density),
-            tl.where(is_negative, 0, negative_intervals),
-            tl.where(is_negative, negative_intervals, positive_intervals),
+            bits,
+            negative_edge,
+            negative_density,
+            negative_intervals,
+            positive_edge,
+            positive_density,
+            positive_intervals,
         )
         magnitude = bits & MAGNITUDE
         exponent = magnitude >> 23
@@ -146,13 +147,14 @@ def assign(
         table = levels + tensor * SLOTS
         for first in range(start, tl.minimum(start + CHUNK, size), TILE):
             bits = load_weights(address, first, size, DTYPE, ALIGNED, TILE)
-            is_negative = bits < 0
             kept, slot = _slot(
-                bits & MAGNITUDE,
-                tl.where(is_negative, negative_edge, positive_edge),
-                tl.where(is_negative, negative_density, positive_density),
-                tl.where(is_negative, 0, negative_intervals),
-                tl.where(is_negative, negative_intervals, positive_intervals),
+                bits,
+                negative_edge,
+                negative_density,
+                negative_intervals,
+                positive_edge,
+                positive_density,
+                positive_intervals,
             )
             store_weights(out, first, size, tl.load(table + slot, mask=kept, other=0), DTYPE, ALIGNED, TILE)
 
@@ -165,9 +167,21 @@ def _partition(side: tl.tensor) -> tuple[tl.tensor, ...]:
 
 @triton.jit
 def _slot(
-    magnitude: tl.tensor, edge: tl.tensor, density: tl.tensor, first_slot: tl.tensor, intervals: tl.tensor
+    bits: tl.tensor,
+    negative_edge: tl.tensor,
+    negative_density: tl.tensor,
+    negative_intervals: tl.tensor,
+    positive_edge: tl.tensor,
+    positive_density: tl.tensor,
+    positive_intervals: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Whether each weight is kept, and the slot of those that are (`reference`, partitioning)."""
+    is_negative = bits < 0
+    magnitude = bits & MAGNITUDE
+    edge = tl.where(is_negative, negative_edge, positive_edge)
+    density = tl.where(is_negative, negative_density, positive_density)
+    first_slot = tl.where(is_negative, 0, negative_intervals)
+    intervals = tl.where(is_negative, negative_intervals, positive_intervals)
     kept = magnitude > edge
     distance = magnitude.to(tl.float32, bitcast=True) - edge.to(tl.float32, bitcast=True)
     position = tl.where(kept, distance * density, 0.0)

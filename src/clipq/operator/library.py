@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipq.errors import WeightError
 from clipq.operator.dispatch import Quantizer, QuantizerEntry
-from clipq.operator.reference import check_weight
+from clipq.operator.reference import check_weight, non_finite
 
 
 @torch.library.custom_op("clipq::quantize", mutates_args=())
@@ -32,7 +33,10 @@ def quantize(weight: Tensor, pruning_rate: float, bits: int) -> Tensor:
     out = torch.empty_like(weight)
     quantizer = Quantizer([QuantizerEntry("weight", pruning_rate, bits)])
     quantizer([weight], [out])
-    quantizer.check()  # there is no later call that could tell of NaN or Inf
+    try:
+        quantizer.check()  # there is no later call that could tell of NaN or Inf
+    except WeightError:
+        raise non_finite(weight, "weight") from None
     return out
 
 

@@ -175,13 +175,14 @@ def check_weight(weight: Tensor, name: str) -> None:
 
 
 def non_finite(weight: Tensor, name: str) -> WeightError:
-    """The error for a tensor with NaN or Inf, naming the first such element."""
+    """The error for a tensor with NaN or Inf, naming the first such element; none here: it is in another process."""
     bad = (~torch.isfinite(weight)).nonzero()
-    where = tuple(bad[0].tolist())
+    what = "weights in another process are NaN or Inf"
+    if len(bad):
+        where = tuple(bad[0].tolist())
+        what = f"{len(bad)} of {weight.numel()} weights are NaN or Inf, the first at {where} ({weight[where].item()})"
     return WeightError(
-        f"{name}: {len(bad)} of {weight.numel()} weights are NaN or Inf, the first at {where} "
-        f"({weight[where].item()}); weights must be finite. Lower the learning rate, or go back to the last "
-        f"good checkpoint"
+        f"{name}: {what}; weights must be finite. Lower the learning rate, or go back to the last good checkpoint"
     )
 
 
