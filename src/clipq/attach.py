@@ -39,7 +39,8 @@ def attach(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], plan: P
     Args:
         model: the network itself, or that network in DistributedDataParallel or ``torch.compile``.
         optimizer: the optimizer, or the optimizers, that hold the planned parameters. A planned parameter that
-            needs no gradient may be in none: it is quantized once.
+            needs no gradient may be in none: it is quantized once, and its full-precision weights are in the state of
+            the first optimizer.
         plan: what to compress; see `Plan`.
 
     Raises:
@@ -62,12 +63,13 @@ def attach(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], plan: P
     frozen = [entry for entry, owner in zip(planned, owners, strict=True) if owner is None]
     states = []
     try:
-        for each in optimizers:
-            entries = [entry for entry, owner in zip(planned, owners, strict=True) if owner is each]
-            if entries:
-                states.append(_AttachedOptimizer(each, entries))
         for entry in frozen:
             entry.quantize_once()
+        for each in optimizers:
+            entries = [entry for entry, owner in zip(planned, owners, strict=True) if owner is each]
+            kept = frozen if each is optimizers[0] else []
+            if entries or kept:
+                states.append(_AttachedOptimizer(each, entries, kept))
     except BaseException:
         for state in states:
             state.detach(keep_quantized=False)
@@ -176,11 +178,17 @@ class _Entry:
 
 
 class _AttachedOptimizer:
-    """The hooks on one optimizer, and the full-precision weights that they swap in and out."""
+    """The hooks on one optimizer, and the full-precision weights that they swap in and out.
 
-    def __init__(self, optimizer: Optimizer, entries: list[_Entry]) -> None:
+    Args:
+        entries: the optimizer's own.
+        frozen: entries in no optimizer, whose full-precision weights go into this one's state.
+    """
+
+    def __init__(self, optimizer: Optimizer, entries: list[_Entry], frozen: list[_Entry]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.entries = entries
+        self.frozen = frozen
         self._quantizer = self._new_quantizer()
         for entry in entries:
             entry.full = entry.parameter.detach().clone()
@@ -285,8 +293,8 @@ class _AttachedOptimizer:
         self.check()
         state_dict[STATE_KEY] = {
             "version": 1,
-            "plan": {e.name: dataclasses.asdict(e.tensor) for e in self.entries},
-            "weights": {e.name: _full(e) for e in self.entries},
+            "plan": {e.name: dataclasses.asdict(e.tensor) for e in [*self.entries, *self.frozen]},
+            "weights": {e.name: _full(e) for e in [*self.entries, *self.frozen]},
         }
 
     @torch.no_grad()
@@ -295,7 +303,7 @@ class _AttachedOptimizer:
         state = state_dict.get(STATE_KEY)
         if state is None:
             return
-        mine = {e.name: dataclasses.asdict(e.tensor) for e in self.entries}
+        mine = {e.name: dataclasses.asdict(e.tensor) for e in [*self.entries, *self.frozen]}
         if state.get("version") != 1:
             raise AttachError(
                 f"the optimizer's state has clipq state of version {state.get('version')!r}; this clipq reads version "
@@ -314,8 +322,11 @@ class _AttachedOptimizer:
                 + f"\nAttach with the plan of the saved run, or delete {STATE_KEY!r} from the state to start from the "
                 f"model's weights"
             )
-        for entry in self.entries:
+        for entry in [*self.entries, *self.frozen]:
             _full(entry).copy_(state["weights"][entry.name])
+        for entry in self.frozen:
+            entry.restore()
+            entry.quantize_once()
         self._quantize()
         self.check()
 
