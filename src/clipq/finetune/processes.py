@@ -7,6 +7,7 @@ process may search or evaluate for hours while the others wait.
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -75,9 +76,11 @@ class Processes:
         """What every process gives, by rank."""
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        buffer = io.BytesIO()
+        torch.save(value, buffer)  # tensors pickled by themselves do not always come back
+        packed: list[Any] = [None] * self.count
+        dist.all_gather_object(packed, buffer.getvalue(), group=self._group)
+        return [torch.load(io.BytesIO(content), weights_only=False) for content in packed]
 
     def by_first(self, work: Callable[[], T]) -> T:
         """What the first process's work gives, or raises, in every process; the others wait."""
