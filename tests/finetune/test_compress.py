@@ -167,8 +167,6 @@ def test_training_goes_on_while_checkpoints_cannot_be_written_and_says_so(tmp_pa
     )
     net = "nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 10))"
     (tmp_path / "net.py").write_text(f"from torch import nn\ndef net(): return {net}")
-        "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 10))"
-    )
     arguments = ["--model", "net.py:net", "--limit-steps", "1", "--optimizer", "adamw"]
     command = [sys.executable, "-c", program, "compress", *FAST, *arguments, "--out", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

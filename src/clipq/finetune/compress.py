@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,19 @@ from torch import nn
 
 from clipq.archive import write_file
 from clipq.data import Data, load_data
-from clipq.errors import ArchiveError, RecipeError, TrainingError
+from clipq.errors import RecipeError, TrainingError
 from clipq.files import round_rest, save
-from clipq.finetune.checkpoint import PHASES, Checkpoints, unpack
+from clipq.finetune.checkpoint import Checkpoints, unpack
 from clipq.finetune.devices import make_fabric, single
 from clipq.finetune.loggers import check_loggers, make_loggers
 from clipq.finetune.loop import fit
 from clipq.finetune.network import find_weights, load_weights, make_network
 from clipq.finetune.processes import Processes, process_environment, restarted
+from clipq.finetune.recorder import Recorder
 from clipq.finetune.run import RunFolder
 from clipq.finetune.score import Score, score
 from clipq.finetune.search import search_recipe, target_of, validation_error
-from clipq.finetune.watch import EpochRecord, Watcher
-from clipq.hold import file_bytes
+from clipq.finetune.watch import Watcher
 from clipq.plan import Plan
 from clipq.recipe import Recipe
 from clipq.report.run import Aim, ExactRest, RunReport, to_markdown
@@ -73,7 +73,7 @@ def compress(
     plan = None if target is not None else make_plan(network, recipe)
     run = RunFolder(out)
     resume = resume or (restarted() and run.recipe.exists())
-    recorder = _Recorder(run, watcher)
+    recorder = Recorder(run, watcher)
     checkpoints = Checkpoints(recipe.checkpoints or str(run.checkpoints), recipe.keep_checkpoints, recorder.note)
     processes.by_first(lambda: _open(run, recipe, plan, checkpoints, force, resume, go_on=target is not None))
     state = _last_state(processes, checkpoints, recorder) if resume else None
@@ -145,7 +145,7 @@ def _open(
         run.save_plan(plan)
 
 
-def _last_state(processes: Processes, checkpoints: Checkpoints, recorder: _Recorder) -> dict[str, Any] | None:
+def _last_state(processes: Processes, checkpoints: Checkpoints, recorder: Recorder) -> dict[str, Any] | None:
     """The state of the last whole checkpoint, which the first process reads for all."""
     content = processes.by_first(checkpoints.latest)
     if content is None:
@@ -189,7 +189,7 @@ def _report(
     device: torch.device,
     plan: Plan,
     run: RunFolder,
-    recorder: _Recorder,
+    recorder: Recorder,
     float_scores: tuple[Score, float],
     found: SearchRecord | None,
     hold_bytes: int | None,
@@ -317,53 +317,3 @@ def _evaluate_in_a_fresh_process(run: RunFolder, recipe: Recipe) -> Score:
         raise TrainingError(f"{run.model}: a fresh process could not evaluate the file:\n{result.stderr.strip()}")
     values = json.loads(result.stdout)
     return Score(values["correct"], values["count"], values["loss"])
-
-
-class _Recorder:
-    """Passes everything on to the watchers, and keeps the metrics and the file of each epoch in the run folder."""
-
-    def __init__(self, run: RunFolder, watcher: Watcher) -> None:
-        self._run = run
-        self._watchers: list[Watcher] = [watcher]
-        self._writes = False
-        self.records: list[EpochRecord] = []
-
-    def start(self, loggers: Sequence[Watcher], state: Mapping[str, Any] | None) -> None:
-        """Write from here on, after the epochs that lie behind a state; in the first process alone."""
-        self._writes = True
-        self._watchers += loggers
-        if state is not None:
-            behind = PHASES.index(state["phase"]), state["position"]["epoch"]
-            self.records = [r for r in self._run.load_metrics() if (PHASES.index(r.phase), r.epoch) <= behind]
-
-    def keep_file(self, network: nn.Module, plan: Plan | None) -> int | None:
-        """The bytes of the compressed file, written if it can be."""
-        if plan is None:
-            return None
-        try:
-            return save(network, self._run.model, plan=plan).bytes
-        except ArchiveError as error:
-            self.note(f"{error}. Training goes on")
-            return file_bytes(network, plan)
-
-    def phase(self, name: str, steps: int, done: int = 0) -> None:
-        for watcher in self._watchers:
-            watcher.phase(name, steps, done)
-
-    def step(self, loss: float) -> None:
-        for watcher in self._watchers:
-            watcher.step(loss)
-
-    def epoch(self, record: EpochRecord) -> None:
-        self.records.append(record)
-        if self._writes:
-            try:
-                self._run.save_metrics(self.records)
-            except ArchiveError as error:
-                self.note(f"{error}. Training goes on")
-        for watcher in self._watchers:
-            watcher.epoch(record)
-
-    def note(self, text: str) -> None:
-        for watcher in self._watchers:
-            watcher.note(text)

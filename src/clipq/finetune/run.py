@@ -91,7 +91,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
-        """The folder of a run that is to be gone on with.
+        """The folder of a run that is to be gone on with; what was half written when it was killed is deleted.
 
         Raises:
             RecipeError: there is no run.
@@ -99,6 +99,8 @@ class RunFolder:
         run = cls(path)
         if not run.recipe.exists():
             raise RecipeError(f"{path}: holds no run to resume (no recipe.yaml); give the folder of one")
+        for half_written in path.glob(".*.part"):
+            half_written.unlink(missing_ok=True)
         return run
 
     def save_plan(self, plan: Plan) -> None:
