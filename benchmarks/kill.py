@@ -23,7 +23,7 @@ MOMENTS: list[tuple[int, Way]] = [
     *[(2, "lost worker")] * 4,
     *[(2, "SIGTERM")] * 2,
 ]
-LENGTH = ["--float-epochs", "5", "--epochs", "40"]
+LENGTH = ["--float-epochs", "3", "--epochs", "25"]
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ def make_fabric(recipe: Recipe) -> lightning_fabric.Fabric:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1 and recipe.strategy == "fsdp" and recipe.precision == "fp16":
+        raise RecipeError("strategy fsdp has no loss scaling, which precision fp16 needs; use bf16, or strategy ddp")
     try:
         alone = single(recipe)
         if processes == 1:
@@ -61,8 +63,6 @@ def _strategy(recipe: Recipe, processes: int, device: str) -> DDPStrategy | Mode
     if recipe.strategy != "fsdp":
         # Buckets of gradients that stay as first laid out are summed in the same order after a resume.
         return DDPStrategy(find_unused_parameters=device == "cpu")
-    if recipe.precision == "fp16":
-        raise RecipeError("strategy fsdp has no loss scaling, which precision fp16 needs; use bf16, or strategy ddp")
     return ModelParallelStrategy(shard, data_parallel_size=processes, tensor_parallel_size=1)
 
 
