@@ -72,7 +72,7 @@ def compress(
     target = target_of(recipe)
     plan = None if target is not None else make_plan(network, recipe)
     run = RunFolder(out)
-    resume = resume or (restarted() and run.recipe.exists())
+    resume = resume or processes.by_first(lambda: restarted() and run.recipe.exists())
     recorder = Recorder(run, watcher)
     checkpoints = Checkpoints(recipe.checkpoints or str(run.checkpoints), recipe.keep_checkpoints, recorder.note)
     processes.by_first(lambda: _open(run, recipe, plan, checkpoints, force, resume, go_on=target is not None))
@@ -147,7 +147,7 @@ def _open(
 
 def _last_state(processes: Processes, checkpoints: Checkpoints, recorder: Recorder) -> dict[str, Any] | None:
     """The state of the last whole checkpoint, which the first process reads for all."""
-    content = processes.by_first(checkpoints.latest)
+    content, checkpoints.last = processes.by_first(lambda: (checkpoints.latest(), checkpoints.last))
     if content is None:
         recorder.note("there is no checkpoint yet: the run starts from the beginning")
         return None

@@ -25,15 +25,15 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal = 0
 
-    def checked(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items, for work that may be left at any of them: all it depends on is saved.
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has come; to be called where all that is needed is saved."""
+        if self.signal:
+            raise Interrupted(f"stopped by {signal.Signals(self.signal).name}; all is saved", self.signal)
 
-        Raises:
-            Interrupted: a signal has come.
-        """
+    def checked(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items, with a `check` before each."""
         for item in items:
-            if self.signal:
-                raise Interrupted(f"stopped by {signal.Signals(self.signal).name}; all is saved", self.signal)
+            self.check()
             yield item
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning_fabric import Fabric
 from torch import nn
 
-from clipq.data import Data
+from clipq.data import Batch, Batches, Data
+from clipq.data.sources import Part
 from clipq.errors import Interrupted, TrainingError, WeightError
 from clipq.finetune.checkpoint import Checkpoints, seed_random_states
-from clipq.finetune.interrupt import StopRequest, stop_request
+from clipq.finetune.interrupt import stop_request
 from clipq.finetune.losses import Distillation, cross_entropy
 from clipq.finetune.processes import Processes
 from clipq.finetune.score import Score, score
@@ -87,9 +88,20 @@ def fit(
     """
     processes = Processes.of(fabric)
     batch_size = processes.share_of(recipe.batch_size)
-    keywords: dict[str, Any] = {"channels_last": recipe.channels_last, "rank": processes.rank}
-    keywords["world_size"] = processes.count
-    per_epoch = data.batches("train", batch_size, recipe.seed, **keywords).total
+
+    def share_of(part: Part, epoch: int, start: int = 0) -> Batches:
+        return data.batches(
+            part,
+            batch_size,
+            recipe.seed,
+            epoch,
+            start=start,
+            channels_last=recipe.channels_last,
+            rank=processes.rank,
+            world_size=processes.count,
+        )
+
+    per_epoch = share_of("train", 0).total
     steps = min(epochs * per_epoch, recipe.limit_steps or math.inf)
     if state is None:  # whatever came before, such as a search or an interruption, does not count
         seed_random_states(recipe.seed + processes.rank)
@@ -116,13 +128,13 @@ def fit(
     try:
         with stop_request() as stop:
             while at.step < steps or at.batch:
-                batches = data.batches("train", batch_size, recipe.seed, at.epoch, start=at.batch, **keywords)
+                batches = share_of("train", at.epoch, at.batch)
                 training.trained.train()
                 while at.batch < per_epoch and at.step < steps:
                     loss = training.gradients(next(batches))
                     broken, stopping, due = processes.agree(not math.isfinite(loss), stop.signal, saver.due())
                     if broken and (scaler_of(fabric) is None or at.skipped >= MOST_SKIPPED):
-                        _stop_at(at, loss, data, batch_size, recipe, keywords, checkpoints)
+                        raise _no_number(at, loss, processes, data, batch_size, recipe.seed, checkpoints)
                     try:
                         made = training.update(at.step + 1)
                     except WeightError as error:
@@ -132,15 +144,15 @@ def fit(
                         at.loss, at.counted = at.loss + loss, at.counted + 1
                     watcher.step(loss)
                     if at.step == steps and plan is not None and recipe.batch_norm_batches:
-                        again = data.batches("train", batch_size, recipe.seed, epochs, **keywords)
-                        training.reestimate(stop.checked(again), recipe.batch_norm_batches)
+                        training.reestimate(stop.checked(share_of("train", epochs)), recipe.batch_norm_batches)
                     if due or stopping or at.batch == per_epoch or at.step == steps:
                         saver.save()
                     if stopping:
                         raise Interrupted(f"stopped after step {at.step}; {kept_in(checkpoints)}", stopping)
-                record = _end_of_epoch(training, data, recipe, batch_size, keywords, at, phase, stop, end_of_epoch)
-                watcher.epoch(record)
+                validation = stop.checked(share_of("validation", 0))  # a checkpoint is there: it may be left at once
+                watcher.epoch(_record_of(training, at, phase, validation, end_of_epoch))
                 at.epoch, at.batch, at.loss, at.counted = at.epoch + 1, 0, 0.0, 0
+            stop.check()
         training.publish()
         return training.plan
     finally:
@@ -177,12 +189,10 @@ class _Saver:
             "processes": self._training.processes.count,
             **self._training.state(),
         }
-        self._training.processes.by_first(lambda: self._written(state))
+        checkpoints, step = self._checkpoints, self._at.step
+        self._training.processes.by_first(lambda: checkpoints.save(self._phase, step, state))
+        checkpoints.last = self._training.processes.by_first(lambda: checkpoints.last)
         self._last = time.monotonic()
-
-    def _written(self, state: Mapping[str, Any]) -> bool:
-        assert self._checkpoints is not None
-        return self._checkpoints.save(self._phase, self._at.step, state)
 
 
 def kept_in(checkpoints: Checkpoints | None) -> str:
@@ -191,22 +201,12 @@ def kept_in(checkpoints: Checkpoints | None) -> str:
     return f"the last good state is in {last}" if last else "no checkpoint was written"
 
 
-def _end_of_epoch(
-    training: Training,
-    data: Data,
-    recipe: Recipe,
-    batch_size: int,
-    keywords: Mapping[str, Any],
-    at: Position,
-    phase: str,
-    stop: StopRequest,
-    end_of_epoch: EndOfEpoch | None,
+def _record_of(
+    training: Training, at: Position, phase: str, batches: Iterable[Batch], end_of_epoch: EndOfEpoch | None
 ) -> EpochRecord:
-    """Evaluate the network as it would ship. What it needs is in a checkpoint, so a signal ends it at once."""
+    """Evaluate the network as it would ship, on every process's validation batches together."""
     network, processes = training.publish(), training.processes
-    batches = data.batches("validation", batch_size, recipe.seed, **keywords)
-    part = score(network, stop.checked(batches), training.fabric.device)
-    validation = Score.together(processes.gather(part))
+    validation = Score.together(processes.gather(score(network, batches, training.fabric.device)))
     loss = sum(processes.gather(at.loss / max(at.counted, 1))) / processes.count
     plan = training.plan
     size = processes.by_first(lambda: end_of_epoch(network, plan) if end_of_epoch is not None else None)
@@ -223,19 +223,19 @@ def _end_of_epoch(
     )
 
 
-def _stop_at(
+def _no_number(
     at: Position,
     loss: float,
+    processes: Processes,
     data: Data,
     batch_size: int,
-    recipe: Recipe,
-    keywords: Mapping[str, Any],
+    seed: int,
     checkpoints: Checkpoints | None,
-) -> NoReturn:
+) -> TrainingError:
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the loss of another process is no number"
-    where = "" if keywords["world_size"] == 1 else f", rank={keywords['rank']}, world_size={keywords['world_size']}"
-    raise TrainingError(
+    where = "" if processes.count == 1 else f", rank={processes.rank}, world_size={processes.count}"
+    return TrainingError(
         f"{what} at step {at.step + 1}, minibatch {at.batch} of epoch {at.epoch + 1}: "
-        f"batches('train', {batch_size}, {recipe.seed}, {at.epoch}, start={at.batch}{where}) of data {data.name!r} "
-        f"begins with it; {kept_in(checkpoints)}. Try a lower learning rate, or a warm-up"
+        f"batches('train', {batch_size}, {seed}, {at.epoch}, start={at.batch}{where}) of data {data.name!r} begins "
+        f"with it; {kept_in(checkpoints)}. Try a lower learning rate, or a warm-up"
     )
