@@ -26,7 +26,7 @@ def evaluate(
     from clipq.data import load_data
     from clipq.finetune.compress import evaluate as measure
     from clipq.finetune.compress import number_of_outputs
-    from clipq.finetune.devices import single
+    from clipq.finetune.devices import make_fabric
     from clipq.finetune.network import find_weights, load_weights, make_network
 
     given = {"weights": weights, "data_root": data_root}
@@ -36,7 +36,7 @@ def evaluate(
         raise typer.BadParameter("the recipe names no weights; give --weights FILE")
     load_weights(network, find_weights(made))
     data = load_data(made.data, made.data_root, made.seed, validation_fraction=made.validation_fraction)
-    device = single(made).device
+    device = make_fabric(made).device
     network = network.to(device)
     data = data.for_outputs(number_of_outputs(network, data, made, device))
     result = measure(network, data, made, device)
