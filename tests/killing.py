@@ -37,7 +37,7 @@ ARGUMENTS = [
         "2",
     ),
     *("--pruning-rate", "0.7", "--bits", "3", "--accumulate", "2", "--ema", "0.9", "--distillation", "0.3"),
-    *("--batch-norm-batches", "2", "--checkpoint-steps", "7"),
+    *("--batch-norm-batches", "2", "--checkpoint-steps", "4"),
 ]
 
 

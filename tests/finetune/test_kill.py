@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds a process's children in /proc"),
 ]
-LENGTH = ["--float-epochs", "2", "--epochs", "10"]
+LENGTH = ["--float-epochs", "2", "--epochs", "6"]
 
 
 @pytest.mark.parametrize(("processes", "ways"), [(1, ["SIGKILL", "SIGTERM"]), (2, ["lost worker"])])
