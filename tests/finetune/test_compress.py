@@ -237,6 +237,51 @@ def test_bad_input_is_one_clear_message_and_nothing_half_written(
     assert {p.name for p in tmp_path.iterdir()} - {"__pycache__", "runs"} == before
 
 
+def resume(folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(sys, "argv", ["clipq", "compress", "--resume", folder.name, *arguments])
+    clipq.cli.main()
+
+
+def test_a_finished_run_that_is_resumed_shows_its_report(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([], ["--json"]):
+        with pytest.raises(SystemExit) as stopped:
+            resume(finished, arguments, monkeypatch)
+        assert stopped.value.code == 0
+    assert capsys.readouterr().out == (finished / "report.md").read_text() + (finished / "report.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "9"], "--epochs cannot be given with it"),
+        (["--force", "--out", "there"], "--out, --force cannot be given with it"),
+        (["recipe.yaml"], "RECIPE cannot be given with it"),
+    ],
+)
+def test_a_resumed_run_keeps_its_recipe(
+    arguments: list[str],
+    message: str,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        resume(finished, arguments, monkeypatch)
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        resume(tmp_path / "none", [], monkeypatch)
+    assert "holds no run to resume" in capsys.readouterr().err
+
+
 def test_data_of_ones_own_without_a_test_set_is_reported_on_validation(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(MODULE)
     arguments = ("--model", "m.py:wide", "--data", "m.py:data", "--float-epochs", "1", "--epochs", "1", "--json")

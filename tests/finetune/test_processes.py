@@ -58,7 +58,7 @@ def test_fp16_and_fsdp_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     fields = {"model": "lenet-5", "data": "digits", "float_epochs": 1, "precision": "fp16", "strategy": "fsdp"}
-    with pytest.raises(RecipeError, match="^strategy fsdp has no loss scaling, which precision fp16 needs"):
+    with pytest.raises(RecipeError, match=r"^strategy fsdp has no loss scaling, which precision fp16 needs"):
         make_fabric(Recipe.make(fields))
 
 
