@@ -69,7 +69,6 @@ def start(folder: Path, processes: int, *arguments: str, restarts: int = 0) -> s
         stdout=subprocess.DEVNULL,
         stderr=(folder / "stderr.txt").open("a"),
         text=True,
-        start_new_session=True,
     )
 
 
@@ -98,7 +97,8 @@ def kill(folder: Path, processes: int, length: list[str], way: Way, after: float
     if way == "SIGTERM":
         process.terminate()
     else:
-        os.killpg(process.pid, signal.SIGKILL)
+        for number in [process.pid, *children(process.pid)]:  # torchrun's workers outlive it otherwise
+            os.kill(number, signal.SIGKILL)
     code = process.wait(120)
     left = (folder / "stderr.txt").read_text().strip().rpartition("\n")[2]
     seconds = time.monotonic() - began
