@@ -26,7 +26,8 @@ from timing import processor
 
 import clipq
 from clipq.data import Data, load_data
-from clipq.finetune.compress import evaluate, make_fabric, make_plan
+from clipq.finetune.compress import evaluate, make_plan
+from clipq.finetune.devices import make_fabric
 from clipq.finetune.loop import fit
 from clipq.finetune.network import find_weights, load_weights, make_network
 from clipq.finetune.watch import Silent
@@ -84,7 +85,6 @@ def two_stage(path: str, data_root: str, seed: int, folder: Path) -> None:
             epochs=epochs,
             learning_rate=recipe.learning_rate,
             watcher=Silent(),
-            end_of_epoch=lambda state, plan: None,
         )
     folder.mkdir(parents=True, exist_ok=True)
     plan.save(folder / "plan.json")

@@ -34,7 +34,7 @@ import torch
 
 from clipq.attach import attach
 from clipq.data import Data, load_data
-from clipq.finetune.compress import make_fabric
+from clipq.finetune.devices import make_fabric
 from clipq.finetune.loop import fit
 from clipq.finetune.network import find_weights, load_weights, make_network
 from clipq.finetune.score import score
@@ -124,7 +124,6 @@ class Bench:
             epochs=self.recipe.epochs,
             learning_rate=self.recipe.learning_rate,
             watcher=Silent(),
-            end_of_epoch=lambda state, plan: None,
             hold_bytes=size,
         )
         assert ended is not None

@@ -284,6 +284,26 @@ def test_frozen_layers_are_quantized_once_and_stay() -> None:
     assert model.up.weight.unique().numel() <= 4
 
 
+def test_a_frozen_layer_in_no_optimizer_comes_back_with_its_full_precision_weights() -> None:
+    model, _ = build(KIND)
+    model.up.requires_grad_(False)
+    full = model.up.weight.detach().clone()
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if not n.startswith("up")], lr=0.1)
+    clipq.attach(model, optimizer, plan_of(model))
+    saved, state = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    assert torch.equal(saved["clipq"]["weights"]["up.weight"], full)
+
+    again, _ = build(KIND, seed=1)
+    again.up.requires_grad_(False)
+    again.load_state_dict(state)
+    optimizer = torch.optim.SGD([p for n, p in again.named_parameters() if not n.startswith("up")], lr=0.1)
+    attachment = clipq.attach(again, optimizer, plan_of(again))
+    optimizer.load_state_dict(saved)
+    assert torch.equal(again.up.weight, state["up.weight"])
+    attachment.replan(clipq.Plan.uniform(again, pruning_rate=0.2, bits=4))
+    assert torch.equal(again.up.weight, clipq.clip_quantize(full, 0.2, 4).quantized)
+
+
 def test_a_model_moved_to_another_type_is_refused() -> None:
     model, x = build("Linear")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -86,11 +86,12 @@ def test_what_a_page_shows_works(
                 if program == "make":
                     assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), command
                     continue
-                assert program == "clipq", f"{page.name}: no way to test {command!r}"
+                module = {"clipq": "clipq", "torchrun": "torch.distributed.run"}.get(program)
+                assert module is not None, f"{page.name}: no way to test {command!r}"
                 if arguments[0] == "compress" and "--epochs" not in arguments:
                     arguments += ["--epochs", "1"]  # the recipes' own numbers are for the results page
                 result = subprocess.run(
-                    [sys.executable, "-m", "clipq", *arguments],
+                    [sys.executable, "-m", module, *arguments],
                     env=os.environ | {"COLUMNS": "200"},
                     capture_output=True,
                     text=True,

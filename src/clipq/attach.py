@@ -44,7 +44,8 @@ def attach(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], plan: P
     Args:
         model: the network itself, or that network in DistributedDataParallel or ``torch.compile``.
         optimizer: the optimizer, or the optimizers, that hold the planned parameters. A planned parameter that
-            needs no gradient may be in none: it is quantized once.
+            needs no gradient may be in none: it is quantized once, and its full-precision weights are in the state of
+            the first optimizer.
         plan: what to compress; see `Plan`.
 
     Raises:
@@ -69,12 +70,13 @@ def attach(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], plan: P
     frozen = [entry for entry, owner in zip(planned, owners, strict=True) if owner is None]
     states = []
     try:
-        for each in optimizers:
-            entries = [entry for entry, owner in zip(planned, owners, strict=True) if owner is each]
-            if entries:
-                states.append(_AttachedOptimizer(each, entries))
         for entry in frozen:
             entry.quantize_once()
+        for each in optimizers:
+            entries = [entry for entry, owner in zip(planned, owners, strict=True) if owner is each]
+            kept = frozen if each is optimizers[0] else []
+            if entries or kept:
+                states.append(_AttachedOptimizer(each, entries, kept))
     except BaseException:
         for state in states:
             state.detach(keep_quantized=False)
@@ -138,7 +140,7 @@ class Attachment:
         """
         for state in self._optimizers:
             state.check()
-        return _state([entry for state in self._optimizers for entry in state.entries])
+        return _state([entry for state in self._optimizers for entry in state.kept])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the full-precision weights from a state; the parameters are quantized anew, at once.
@@ -148,7 +150,7 @@ class Attachment:
         Raises:
             AttachError: the state was saved under another plan.
         """
-        _check_state(state, [entry for each in self._optimizers for entry in each.entries])
+        _check_state(state, [entry for each in self._optimizers for entry in each.kept])
         for each in self._optimizers:
             each.load(state)
 
@@ -214,11 +216,18 @@ class _Entry:
 
 
 class _AttachedOptimizer:
-    """The hooks on one optimizer, and the full-precision weights that they swap in and out."""
+    """The hooks on one optimizer, and the full-precision weights that they swap in and out.
 
-    def __init__(self, optimizer: Optimizer, entries: list[_Entry]) -> None:
+    Args:
+        entries: the optimizer's own.
+        frozen: entries in no optimizer, whose full-precision weights go into this one's state; ``kept`` are both.
+    """
+
+    def __init__(self, optimizer: Optimizer, entries: list[_Entry], frozen: list[_Entry]) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.entries = entries
+        self.frozen = frozen
+        self.kept = [*entries, *frozen]
         self._quantizer = _quantizer(entries)
         for entry in entries:
             entry.full = entry.parameter.detach().clone()
@@ -318,19 +327,22 @@ class _AttachedOptimizer:
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.check()
-        state_dict[STATE_KEY] = _state(self.entries)
+        state_dict[STATE_KEY] = _state(self.kept)
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Full-precision weights from a state; a state without them leaves the ones that are there."""
         if STATE_KEY in state_dict:
-            _check_state(state_dict[STATE_KEY], self.entries)
+            _check_state(state_dict[STATE_KEY], self.kept)
             self.load(state_dict[STATE_KEY])
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """The full-precision weights of a state that `_check_state` found to fit."""
-        for entry in self.entries:
+        for entry in self.kept:
             _full(entry).copy_(state["weights"][entry.name])
+        for entry in self.frozen:
+            entry.restore()
+            entry.quantize_once()
         self._quantize()
         self.check()
 

@@ -52,3 +52,19 @@ class TrainingError(ClipqError, RuntimeError):
 
 class SearchError(ClipqError, RuntimeError):
     """A search for a plan that cannot start, go on or meet its target."""
+
+
+class CheckpointError(ClipqError):
+    """Checkpoints of a run that are all damaged, cannot be reached, or belong to something else."""
+
+
+class Interrupted(ClipqError):
+    """A run that was asked to stop by a signal, and kept what it had.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int = 15) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -16,8 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from clipq.errors import RecipeError
 from clipq.validation import explain
 
-WHERE_IT_RUNS = ("data_root", "workers", "device", "search_memory")
-"""Fields on which nothing that is found depends."""
+WHERE_IT_RUNS = (
+    *("data_root", "workers", "device", "strategy", "search_memory", "loggers"),
+    *("checkpoints", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints"),
+)
+"""Fields on which nothing that is found depends, but for the rounding of other devices."""
 AFTER_THE_SEARCH = ("epochs", "bfloat16_rest", "pruning_rate", "bits", "overrides")
 """Fields on which a search for a target does not depend."""
 
@@ -100,7 +103,8 @@ class Recipe(BaseModel):
     search_memory: str | int = Field("1GB", description="The most memory for activations kept by the search.")
 
     epochs: int = Field(10, ge=1, description="Epochs of pruning and quantizing in parallel with fine-tuning.")
-    batch_size: int = Field(128, ge=1, description="Samples a step.")
+    batch_size: int = Field(128, ge=1, description="Samples a step, of all processes together.")
+    accumulate: int = Field(1, ge=1, description="Passes in which a process takes its samples of a step: saves memory.")
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="SGD has Nesterov momentum.")
     learning_rate: float = Field(0.01, gt=0, description="The highest learning rate of the fine-tuning.")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum.")
@@ -114,12 +118,42 @@ class Recipe(BaseModel):
         None, gt=0, description="The highest learning rate of that training; else learning_rate."
     )
 
+    clip_norm: float | None = Field(
+        None, gt=0, description="The most that the norm of a step's gradients may be; longer ones are scaled down."
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of each target given to all classes alike.")
+    distillation: float = Field(
+        0.0, ge=0, le=1, description="Weight of the uncompressed network's outputs in the loss; 0 is labels alone."
+    )
+    distillation_temperature: float = Field(1.0, gt=0, description="What outputs are divided by to compare them.")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of a moving average of the weights, which is then what comes out."
+    )
+    batch_norm_batches: int = Field(
+        0, ge=0, description="Minibatches to estimate batch-norm statistics from anew at the end; 0 leaves them."
+    )
+    limit_steps: int | None = Field(None, ge=1, description="End each training after so many steps: a short try.")
+
     seed: int = Field(0, ge=0, description="Of initial weights, the validation split, the order of the data.")
     device: str = Field("auto", description="auto, cpu, cuda or mps.")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="How the processes of torchrun share the work: auto is ddp; fsdp splits the weights, too."
+    )
     precision: Literal["32", "bf16", "fp16"] = Field(
         "32", description="Arithmetic of training steps; the weights, and all evaluations, are float32."
     )
     channels_last: bool = Field(False, description="Memory layout of images; often faster for convolutions.")
+    compile: bool = Field(False, description="Train with torch.compile.")
+
+    checkpoints: str | None = Field(
+        None, description="Folder or fsspec URL of the checkpoints; else checkpoints/ in the run folder."
+    )
+    checkpoint_steps: int | None = Field(None, ge=1, description="Steps between checkpoints within an epoch.")
+    checkpoint_minutes: float = Field(15.0, ge=0, description="Minutes between checkpoints within an epoch.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the last checkpoints are kept.")
+    loggers: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
+        (), description="Where metrics go beside the run folder: tensorboard, mlflow."
+    )
 
     @classmethod
     def make(cls, values: Mapping[str, Any], source: str = "the recipe") -> Recipe:

@@ -70,11 +70,14 @@ def report_of(run: Path) -> dict[str, Any]:
 
 
 def test_a_run_leaves_everything_in_its_folder(finished: Path) -> None:
-    names = {"recipe.yaml", "plan.json", "metrics.jsonl", "checkpoint.pt", "model.clipq", "report.json", "report.md"}
+    names = {"recipe.yaml", "plan.json", "metrics.jsonl", "model.clipq", "report.json", "report.md"}
+    names |= {"checkpoints", "weights.safetensors"}
     assert {p.name for p in finished.iterdir()} == names
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(m["phase"], m["epoch"]) for m in metrics] == [(p, e) for p in ("float", "compress") for e in range(1, 5)]
-    assert set(torch.load(finished / "checkpoint.pt", weights_only=True)) >= {"model", "optimizer", "schedule"}
+    kept = sorted((finished / "checkpoints").iterdir())
+    assert [p.name for p in kept] == ["compress-00000033.pt", "compress-00000044.pt"]
+    assert set(torch.load(kept[-1], weights_only=True)) >= {"model", "optimizer", "schedule", "random_states"}
     assert clipq.Plan.load(finished / "plan.json").tensors["0.weight"].pruning_rate == 0.7
 
 
@@ -134,9 +137,9 @@ def test_a_loss_that_turns_nan_stops_with_the_step_and_keeps_the_last_good_state
     result = clipq_program("compress", *FAST, *explode, "--out", "run", folder=tmp_path)
     assert result.returncode == 1
     assert "at step " in result.stderr
-    assert "checkpoint.pt" in result.stderr
+    assert "checkpoints/float-00000044.pt" in result.stderr
     assert "Traceback" not in result.stderr
-    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "float-00000044.pt", weights_only=True)
     assert all(t.isfinite().all() for t in kept["model"].values())
 
 
@@ -151,23 +154,30 @@ def test_an_interrupt_leaves_whole_files_and_says_so_by_its_exit_code(tmp_path: 
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in stderr
-    torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        torch.load(checkpoint, weights_only=True)
     clipq.load(tmp_path / "run" / "model.clipq")
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
 
 
-def test_a_full_disk_is_one_message_and_nothing_half_written(tmp_path: Path) -> None:
+def test_training_goes_on_while_checkpoints_cannot_be_written_and_says_so(tmp_path: Path) -> None:
     program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
         "import clipq.cli; sys.argv = ['clipq', *sys.argv[1:]]; clipq.cli.main()"
     )
-    command = [sys.executable, "-c", program, "compress", *FAST, "--out", "run"]
+    net = "nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 10))"
+    (tmp_path / "net.py").write_text(f"from torch import nn\ndef net(): return {net}")
+    arguments = ["--model", "net.py:net", "--limit-steps", "1", "--optimizer", "adamw"]
+    command = [sys.executable, "-c", program, "compress", *FAST, *arguments, "--out", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "checkpoint.pt cannot be written: File too large" in result.stderr
+    told = "".join(result.stderr.split())  # lines break anywhere
+    assert "wasnotwritten;thereisnoneyet.Traininggoeson." in told
+    assert "compress-00000001.ptcannotbewritten:Filetoolarge" in told
     assert "Traceback" not in result.stderr
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"recipe.yaml", "plan.json"}
+    assert result.returncode == 0
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+    clipq.load(tmp_path / "run" / "model.clipq")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +236,51 @@ def test_bad_input_is_one_clear_message_and_nothing_half_written(
     assert "Traceback" not in stderr
     assert re.search(message, stderr), stderr
     assert {p.name for p in tmp_path.iterdir()} - {"__pycache__", "runs"} == before
+
+
+def resume(folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(sys, "argv", ["clipq", "compress", "--resume", folder.name, *arguments])
+    clipq.cli.main()
+
+
+def test_a_finished_run_that_is_resumed_shows_its_report(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([], ["--json"]):
+        with pytest.raises(SystemExit) as stopped:
+            resume(finished, arguments, monkeypatch)
+        assert stopped.value.code == 0
+    assert capsys.readouterr().out == (finished / "report.md").read_text() + (finished / "report.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "9"], "--epochs cannot be given with it"),
+        (["--force", "--out", "there"], "--out, --force cannot be given with it"),
+        (["recipe.yaml"], "RECIPE cannot be given with it"),
+    ],
+)
+def test_a_resumed_run_keeps_its_recipe(
+    arguments: list[str],
+    message: str,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        resume(finished, arguments, monkeypatch)
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        resume(tmp_path / "none", [], monkeypatch)
+    assert "holds no run to resume" in capsys.readouterr().err
 
 
 def test_data_of_ones_own_without_a_test_set_is_reported_on_validation(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from clipq.cli.evaluate import evaluate
 from clipq.cli.inspect import inspect, verify
 from clipq.cli.pack import pack, unpack
 from clipq.cli.search import COMMAND as SEARCH
-from clipq.errors import ClipqError
+from clipq.errors import ClipqError, Interrupted
 
 app = typer.Typer(
     name="clipq",
@@ -39,6 +39,9 @@ def main() -> None:
     """Run the command line; an error of clipq's own becomes one message and a non-zero exit code."""
     try:
         app(prog_name="clipq")
+    except Interrupted as interrupted:
+        errors.print(str(interrupted), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(128 + interrupted.signal)
     except ClipqError as error:
         errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)

@@ -18,7 +18,8 @@ errors = Console(stderr=True)
 
 
 class ExitCode(enum.IntEnum):
-    """What the exit status of a command means. 2 is a wrong command line, 130 an interrupt by the user."""
+    """What the exit status of a command means. 2 is a wrong command line, 130 an interrupt by the user, 143 the signal
+    SIGTERM."""
 
     OK = 0
     BAD_INPUT = 1

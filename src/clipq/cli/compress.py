@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import typer
 from clipq.cli.common import console, print_json
 from clipq.cli.progress import Progress
 from clipq.errors import RecipeError
-from clipq.recipe import Recipe
+from clipq.recipe import WHERE_IT_RUNS, Recipe
 from clipq.report.run import to_table
 
 EXAMPLE = """Compress a trained network: prune and quantize it in parallel with fine-tuning, and write the file.
@@ -22,7 +23,10 @@ EXAMPLE = """Compress a trained network: prune and quantize it in parallel with 
 Example: `clipq compress recipes/mnist/lenet-5.yaml --data-root data --epochs 20`
 
 A recipe is optional: every field of one is an option too. The run folder that is left holds the recipe as resolved,
-the plan, the metrics, a checkpoint, the compressed file and the report.
+the plan, the metrics, the last checkpoints, the compressed file and the report.
+
+`clipq compress --resume runs/lenet-5` goes on with a run that was stopped or killed. `torchrun` spreads one over
+devices.
 """
 
 
@@ -30,30 +34,70 @@ def compress(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/NAME")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier run in that folder.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run folder to go on with, from its last checkpoint.", show_default=False)
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
     **fields: Any,
 ) -> None:
     """Parse, run, print."""
+    import torch
+
     from clipq.finetune.compress import compress as run
 
-    made = recipe_of(recipe, fields)
-    folder = out or Path("runs") / (made.model.rpartition(":")[2] if recipe is None else recipe.stem)
-    with Progress(quiet=json) as progress:
-        report = run(made, folder, progress, progress, force=force)
-    if json:
-        print_json(report.to_dict())
+    if resume is not None:
+        made, folder = _resumed(resume, {"RECIPE": recipe, "--out": out, "--force": force or None}, fields), resume
+        if (folder / "report.json").exists():
+            print((folder / ("report.json" if json else "report.md")).read_text(encoding="utf-8"), end="")
+            return
     else:
+        made = recipe_of(recipe, fields)
+        folder = out or Path("runs") / (made.model.rpartition(":")[2] if recipe is None else recipe.stem)
+    first = os.environ.get("RANK", "0") == "0"
+    with Progress(quiet=json or not first) as progress:
+        report = run(made, folder, progress, progress, force=force, resume=resume is not None)
+    if json and first:
+        print_json(report.to_dict())
+    elif first:
         console.print(to_table(report))
         console.print(f"The run is in {folder}", highlight=False)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _resumed(folder: Path, others: dict[str, Any], fields: dict[str, Any]) -> Recipe:
+    """The recipe of a run that goes on; only where it runs may be another.
+
+    Raises:
+        RecipeError: there is no run, or more is to be changed.
+    """
+    changes = changes_of(fields)
+    wrong = [name for name, value in others.items() if value is not None]
+    wrong += ["--" + name.replace("_", "-") for name in changes if name not in WHERE_IT_RUNS]
+    if wrong:
+        changeable = ", ".join("--" + name.replace("_", "-") for name in WHERE_IT_RUNS)
+        raise RecipeError(
+            f"--resume goes on with the recipe of {folder}, and {', '.join(wrong)} cannot be given with it; leave that "
+            f"out. What can be given is {changeable}"
+        )
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        raise RecipeError(f"{folder}: holds no run to resume (no recipe.yaml); give the folder of one")
+    return Recipe.load(path, changes)
 
 
 def recipe_of(path: Path | None, fields: dict[str, Any]) -> Recipe:
     """The recipe of a file, of options, or of both; "none" as an option's value takes the field out."""
+    changes = changes_of(fields)
+    return Recipe.make(changes, "the command line") if path is None else Recipe.load(path, changes)
+
+
+def changes_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's fields that options give; "none" takes a field out."""
     changes = {name: value for name, value in fields.items() if value is not None and value != []}
     if "overrides" in changes:
         changes["overrides"] = dict(_override(text) for text in changes["overrides"])
-    changes = {name: None if value == "none" else value for name, value in changes.items()}
-    return Recipe.make(changes, "the command line") if path is None else Recipe.load(path, changes)
+    return {name: None if value == "none" else value for name, value in changes.items()}
 
 
 def with_recipe_options(command: Callable[..., None], doc: str) -> Callable[..., None]:

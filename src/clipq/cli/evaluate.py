@@ -25,7 +25,8 @@ def evaluate(
     """
     from clipq.data import load_data
     from clipq.finetune.compress import evaluate as measure
-    from clipq.finetune.compress import make_fabric, number_of_outputs
+    from clipq.finetune.compress import number_of_outputs
+    from clipq.finetune.devices import make_fabric
     from clipq.finetune.network import find_weights, load_weights, make_network
 
     given = {"weights": weights, "data_root": data_root}

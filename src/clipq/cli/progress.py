@@ -58,12 +58,12 @@ class Progress:
             self._end_search()
         self._bars.stop()
 
-    def phase(self, name: str, steps: int) -> None:
+    def phase(self, name: str, steps: int, done: int = 0) -> None:
         """A new bar."""
         self._end_search()
         self._bars.start()
         self._loss, self._last = 0.0, ""
-        self._task = self._bars.add_task(_PHASES[name], total=steps, state="")
+        self._task = self._bars.add_task(_PHASES[name], total=steps, completed=done, state="")
 
     def step(self, loss: float) -> None:
         """Move the bar; the loss shown is a running mean over about twenty steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from clipq.recipe import Recipe
 
 
-def make_optimizer(network: nn.Module, recipe: Recipe, learning_rate: float) -> torch.optim.Optimizer:
-    """The recipe's optimizer; weight decay on matrices and kernels only, not on biases and norms."""
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters for an optimizer: weight decay on matrices and kernels only, not on biases and norms."""
     trained = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
+    return [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(network: nn.Module, recipe: Recipe, learning_rate: float) -> torch.optim.Optimizer:
+    """The recipe's optimizer of a network; see `parameter_groups`."""
+    groups = parameter_groups(network, recipe.weight_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW

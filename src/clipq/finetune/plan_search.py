@@ -72,7 +72,6 @@ def train_float_once(
             epochs=recipe.float_epochs,
             learning_rate=recipe.float_learning_rate or recipe.learning_rate,
             watcher=watcher,
-            end_of_epoch=lambda state, plan: None,
         )
         run.save_weights(network.state_dict())
     load_weights(network, run.weights)

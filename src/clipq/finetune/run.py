@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from clipq.archive import write_file
@@ -31,11 +29,12 @@ class RunFolder:
     plan.json       what is compressed, and how
     search.journal  the evaluations of the search for the plan, if there was one
     search.json, search.html    what the search found
-    weights.safetensors     the float network, if `clipq search` trained it
+    weights.safetensors     the float network, if it was trained here
     metrics.jsonl   one line an epoch
-    checkpoint.pt   the state of the training after the last whole epoch
+    checkpoints/    the last states of the training; see `Checkpoints`
     model.clipq     the compressed network
     report.json, report.md      what came out
+    tensorboard/, mlflow-run    TensorBoard's files, the number of MLflow's run, if the recipe names these loggers
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,10 +46,12 @@ class RunFolder:
         self.search_page = path / "search.html"
         self.weights = path / "weights.safetensors"
         self.metrics = path / "metrics.jsonl"
-        self.checkpoint = path / "checkpoint.pt"
+        self.checkpoints = path / "checkpoints"
         self.model = path / "model.clipq"
         self.report = path / "report.json"
         self.report_page = path / "report.md"
+        self.tensorboard = path / "tensorboard"
+        self.mlflow = path / "mlflow-run"
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, *, force: bool = False, go_on: bool = False) -> RunFolder:
@@ -65,26 +66,41 @@ class RunFolder:
         """
         run = cls(path)
         searched = (run.recipe, run.plan, run.study, run.search, run.search_page, run.weights)
-        compressed = (run.metrics, run.checkpoint, run.model, run.report, run.report_page)
+        left = (run.metrics, run.checkpoints, run.model, run.report, run.report_page)
+        compressed = (*left, run.tensorboard, run.mlflow)
         present = [file for file in (*searched, *compressed) if file.exists()]
         if present and not force:
             compresses = any(file in present for file in compressed)
             if not go_on or compresses or not run.recipe.exists():
                 raise RecipeError(
-                    f"{path}: holds a run already ({present[0].name}, …); give another folder with --out, or --force "
-                    f"to replace it"
+                    f"{path}: holds a run already ({present[0].name}, …); go on with it by --resume {path}, give "
+                    f"another folder with --out, or --force to replace it"
                 )
             _check_same_search(run.recipe, recipe)
             present = []
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in present:
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
             write_file(run.recipe, recipe.to_yaml().encode())
         except OSError as error:
             raise RecipeError(
                 f"{path}: cannot be used as run folder ({error.strerror}); give a writable one with --out"
             ) from None
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """The folder of a run that is to be gone on with; what was half written when it was killed is deleted.
+
+        Raises:
+            RecipeError: there is no run.
+        """
+        run = cls(path)
+        if not run.recipe.exists():
+            raise RecipeError(f"{path}: holds no run to resume (no recipe.yaml); give the folder of one")
+        for half_written in path.glob(".*.part"):
+            half_written.unlink(missing_ok=True)
         return run
 
     def save_plan(self, plan: Plan) -> None:
@@ -104,14 +120,13 @@ class RunFolder:
         finally:
             own.unlink(missing_ok=True)
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_file(self.checkpoint, buffer.getvalue())
+    def save_metrics(self, records: Iterable[EpochRecord]) -> None:
+        lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in records]
+        write_file(self.metrics, "".join(lines).encode())
 
-    def add_metrics(self, record: EpochRecord) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+    def load_metrics(self) -> list[EpochRecord]:
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        return [EpochRecord(**json.loads(line)) for line in lines]
 
 
 def _check_same_search(path: Path, recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,14 @@ class Score:
     def error(self) -> float:
         """Per cent."""
         return 100 * (self.count - self.correct) / self.count
+
+    @classmethod
+    def together(cls, scores: Sequence[Score]) -> Score:
+        """The score on the samples of several together; one of them must have samples."""
+        if len(scores) == 1:
+            return scores[0]
+        count = sum(s.count for s in scores)
+        return cls(sum(s.correct for s in scores), count, sum(s.loss * s.count for s in scores) / count)
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from clipq.attach import attach
 from clipq.data import Data
 from clipq.errors import DataError
-from clipq.finetune.loop import train_steps
 from clipq.finetune.optimization import make_optimizer, make_schedule
 from clipq.finetune.score import score
+from clipq.finetune.step import train_steps
 from clipq.hold import SizeHolder
 from clipq.plan import Plan
 from clipq.recipe import Recipe

@@ -35,8 +35,8 @@ class EpochRecord:
 class Watcher(Protocol):
     """Is told of a run's progress; the command line draws it."""
 
-    def phase(self, name: str, steps: int) -> None:
-        """A phase of so many optimizer steps begins."""
+    def phase(self, name: str, steps: int, done: int = 0) -> None:
+        """A phase of so many optimizer steps begins, or goes on after those that are done."""
 
     def step(self, loss: float) -> None:
         """One optimizer step is done."""
@@ -51,7 +51,7 @@ class Watcher(Protocol):
 class Silent:
     """A watcher that says nothing."""
 
-    def phase(self, name: str, steps: int) -> None: ...
+    def phase(self, name: str, steps: int, done: int = 0) -> None: ...
 
     def step(self, loss: float) -> None: ...
 

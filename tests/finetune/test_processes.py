@@ -1,0 +1,68 @@
+"""Several processes train what one would: the samples of a step are theirs together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipq.errors import RecipeError
+from clipq.finetune.devices import make_fabric
+from clipq.finetune.processes import Processes, process_environment
+from clipq.recipe import Recipe
+from tests.workers.engine import main
+
+BASE: dict[str, Any] = {"batch_size": 100, "limit_steps": 6, "ema": 0.5, "clip_norm": 1.0}
+
+
+def run(processes: int, path: Path, **fields: Any) -> dict[str, Any]:
+    arguments = [str(path), json.dumps(BASE | fields)]
+    if processes == 1:
+        main(*arguments)
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launcher, "-m", "tests.workers.engine", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "planned"), [("ddp", True), ("fsdp", False)])
+def test_two_processes_end_where_one_does(strategy: str, planned: bool, tmp_path: Path) -> None:
+    one = run(1, tmp_path / "one.pt", planned=planned)
+    two = run(2, tmp_path / "two.pt", planned=planned, strategy=strategy, accumulate=2)
+    for name, tensor in one["state"].items():
+        torch.testing.assert_close(two["state"][name], tensor, rtol=1e-3, atol=1e-4)
+    assert two["records"][0]["validation_accuracy"] == one["records"][0]["validation_accuracy"]
+    assert two["records"][0]["validation_loss"] == pytest.approx(one["records"][0]["validation_loss"], rel=1e-4)
+
+
+def test_samples_that_cannot_be_shared_are_refused() -> None:
+    recipe = Recipe.make({"model": "lenet-5", "data": "digits", "float_epochs": 1})
+    processes = Processes(make_fabric(recipe))
+    processes.count = 3
+    with pytest.raises(RecipeError, match=r"batch_size is 128.*cannot be shared equally among 3"):
+        processes.share_of(128)
+
+
+def test_fp16_and_fsdp_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    fields = {"model": "lenet-5", "data": "digits", "float_epochs": 1, "precision": "fp16", "strategy": "fsdp"}
+    with pytest.raises(RecipeError, match=r"^strategy fsdp has no loss scaling, which precision fp16 needs"):
+        make_fabric(Recipe.make(fields))
+
+
+def test_a_process_by_itself_hears_nothing_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "2")
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(process_environment())
