@@ -67,6 +67,52 @@ def test_resuming_gives_the_rest_to_the_bit(n: int, batch_size: int, data: st.Da
     assert resumed.position == resumed.total
 
 
+def of_ranks(samples: ImageSamples, world_size: int, batch_size: int, **options: Any) -> list[list[Any]]:
+    return [drawn(samples, batch_size, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+
+
+@given(n=sizes, batch_size=st.integers(1, 20), world_size=st.integers(1, 5), epoch=st.integers(0, 9))
+@settings(deadline=None)
+def test_ranks_together_train_on_the_batches_of_one_process(
+    n: int, batch_size: int, world_size: int, epoch: int
+) -> None:
+    options: dict[str, Any] = {"seed": 5, "epoch": epoch, "shuffle": True, "augment": True}
+    samples = numbered(n, augmentation=CropAndFlip(2))
+    if n < world_size:
+        with pytest.raises(DataError, match=f"{n} samples do not go round {world_size} processes"):
+            samples.batches(batch_size, **options, rank=0, world_size=world_size)
+        return
+    ranks = of_ranks(samples, world_size, batch_size, **options)
+    whole = drawn(samples, batch_size * world_size, **options)
+    left_over = n % (batch_size * world_size) % world_size
+    if left_over and len(whole[-1][1]) == left_over:
+        whole.pop()
+    elif left_over and world_size > 1:  # fewer images draw other augmentations
+        whole[-1] = (torch.cat([r[-1][0] for r in ranks]), whole[-1][1][:-left_over])
+    together = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
+    assert same(whole, together)  # type: ignore[arg-type]
+    assert len({tuple(len(targets) for _, targets in rank) for rank in ranks}) == 1
+
+
+@given(n=sizes, batch_size=st.integers(1, 20), world_size=st.integers(1, 5), start=st.integers(0, 3))
+@settings(deadline=None)
+def test_ranks_together_evaluate_every_sample_once(n: int, batch_size: int, world_size: int, start: int) -> None:
+    ranks = of_ranks(numbered(n), world_size, batch_size)
+    labels = [label for rank in ranks for _, targets in rank for label in targets.tolist()]
+    assert sorted(labels) == list(range(n))
+    lengths = [len(rank) for rank in ranks]
+    assert max(lengths) - min(lengths) <= 1
+    if start <= min(lengths):
+        later = of_ranks(numbered(n), world_size, batch_size, start=start)
+        assert all(same(rank[start:], rest) for rank, rest in zip(ranks, later, strict=True))
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_that_is_none_is_refused(rank: int) -> None:
+    with pytest.raises(DataError, match=f"numbered: rank {rank} of 2 processes"):
+        numbered(5).batches(2, rank=rank, world_size=2)
+
+
 def test_order_and_augmentation_depend_on_seed_and_epoch_alone() -> None:
     samples = numbered(500, augmentation=CropAndFlip(1))
     epochs = {}

@@ -53,6 +53,14 @@ def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) and torch.equal(s, t) for (a, s), (b, t) in zip(alone, with_workers, strict=True))
 
 
+def test_ranks_share_the_samples(tmp_path: Path) -> None:
+    data = user_data(tmp_path, GOOD)
+    ranks = [list(data.batches("train", 4, 3, 1, rank=rank, world_size=2)) for rank in range(2)]
+    labels = [int(inputs[i, 0, 0, 0]) for rank in ranks for inputs, _ in rank for i in range(len(inputs))]
+    assert len(labels) == len(set(labels)) == 22
+    assert [len(rank) for rank in ranks] == [3, 3]
+
+
 def test_a_negative_number_of_workers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the number of workers is -1; it must be 0"):
         user_data(tmp_path, GOOD, workers=-1)

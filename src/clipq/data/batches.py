@@ -1,4 +1,8 @@
-"""Minibatches: in an order that depends on seed and epoch alone, and from any position on."""
+"""Minibatches: in an order that depends on seed and epoch alone, from any position on, and shared among processes.
+
+Of several processes (ranks), the k-th minibatches together are the k-th minibatch of one process whose batches are so
+many times larger: the same samples, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ class Batches(Iterator[Batch]):
     """The minibatches of one epoch, each (inputs, targets).
 
     Attributes:
-        total: how many there are in the whole epoch.
+        total: how many there are in the whole epoch, for this rank.
         position: how many of them lie behind; ``start=position`` in a later call goes on from here.
     """
 
@@ -51,17 +55,22 @@ class Samples(Protocol):
         drop_last: bool = False,
         start: int = 0,
         channels_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Batches:
         """The minibatches of one epoch.
 
         Args:
-            batch_size: samples in a batch; the last one may be smaller.
+            batch_size: samples in a batch of one rank; the last one may be smaller.
             seed, epoch: the same pair gives the same order and augmentation.
-            shuffle: in random order, else in the order of the set.
+            shuffle: in random order, else in the order of the set. If shuffled, every rank gets as many batches and
+                samples as any other: the few that do not go round are left out, other ones in each epoch. If not,
+                every sample is given once, and some ranks may get one batch less.
             augment: with the set's own augmentation, if it has one.
             drop_last: leave a smaller last batch out.
-            start: the first batch to give, counted from 0.
+            start: the first batch to give, counted from 0; those before it are not made.
             channels_last: inputs of four dimensions in torch's channels-last layout.
+            rank, world_size: which of how many processes this is; no two get the same sample.
 
         Raises:
             DataError: an argument is out of range, no batch is left, or a sample cannot be used.
@@ -92,9 +101,13 @@ class ImageSamples:
         drop_last: bool = False,
         start: int = 0,
         channels_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Batches:
         """The minibatches of one epoch; see `Samples.batches`. Augmentation, too, resumes exactly at ``start``."""
-        groups = batch_indices(self.name, len(self), batch_size, seed, epoch, shuffle, drop_last, start)
+        groups = batch_indices(
+            self.name, len(self), batch_size, seed, epoch, shuffle, drop_last, start, rank, world_size
+        )
         augmentation = self.augmentation if augment else None
 
         def pairs() -> Iterator[Batch]:
@@ -102,36 +115,54 @@ class ImageSamples:
                 pixels = self.images.inputs[groups[position]]
                 if augmentation:
                     # A generator of its own for each batch: to resume, nothing need be drawn again.
-                    pixels = augmentation(pixels, seeded_generator("augmentation", seed, epoch, position))
+                    generator = seeded_generator("augmentation", seed, epoch, position)
+                    pixels = augmentation(pixels, generator, rank, world_size)
                 yield as_channels_last(self.normalisation(pixels), channels_last), self.images.targets[groups[position]]
 
         return Batches(pairs(), len(groups), start)
 
 
 def batch_indices(
-    name: str, n: int, batch_size: int, seed: int, epoch: int, shuffle: bool, drop_last: bool, start: int
+    name: str,
+    n: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    drop_last: bool,
+    start: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[Tensor]:
-    """Which of n samples make up each minibatch of an epoch, in order: int64 indices, shape (B,).
+    """Which of n samples make up each of a rank's minibatches of an epoch, in order: int64 indices, shape (B,).
 
     Raises:
-        DataError: ``batch_size`` or ``start`` is out of range, or no full batch can be made.
+        DataError: ``batch_size``, ``start`` or ``rank`` is out of range, or the samples do not suffice for every rank.
     """
     if batch_size < 1:
         raise DataError(f"{name}: the batch size is {batch_size}; it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise DataError(f"{name}: rank {rank} of {world_size} processes; ranks are 0 to the number of processes - 1")
     generator = seeded_generator("order", seed, epoch)
     order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-    groups = [order[first : first + batch_size] for first in range(0, n, batch_size)]
-    if drop_last and n % batch_size:
-        groups.pop()
-    if not groups:
+    together = batch_size * world_size
+    if drop_last:
+        order = order[: n - n % together]
+    elif shuffle:
+        order = order[: n - n % together % world_size]
+    if not len(order):
         raise DataError(
-            f"{name}: {n} samples do not fill one batch of {batch_size}, and smaller ones are dropped. "
+            f"{name}: {n} samples do not fill one batch of {together}, and smaller ones are dropped. "
             "Use a smaller batch size or more data"
+            if drop_last
+            else f"{name}: {n} samples do not go round {world_size} processes. Use fewer processes or more data"
         )
+    parts = [order[first : first + together].tensor_split(world_size)[rank] for first in range(0, len(order), together)]
+    groups = [part for part in parts if len(part)]
     if not 0 <= start <= len(groups):
         raise DataError(
             f"{name}: cannot start at batch {start}; the epoch has {len(groups)}. "
-            "Resume with the data and batch size that the run was started with"
+            "Resume with the data, batch size and number of processes that the run was started with"
         )
     return groups
 

@@ -44,8 +44,13 @@ class Data:
         drop_last: bool = False,
         start: int = 0,
         channels_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Batches:
         """The minibatches of one epoch: "train" shuffled and augmented, the other parts in order and as they are.
+
+        For the arguments see `Samples.batches`. Of several ranks, each gets as many minibatches of "train" as any
+        other; of the other parts some may get one less, and together they get every sample once.
 
         Raises:
             DataError: there is no such part, an argument is out of range, or a sample cannot be used.
@@ -63,6 +68,8 @@ class Data:
             drop_last=drop_last,
             start=start,
             channels_last=channels_last,
+            rank=rank,
+            world_size=world_size,
         )
 
     def for_outputs(self, outputs: int) -> Data:

@@ -54,9 +54,13 @@ class UserSamples:
         drop_last: bool = False,
         start: int = 0,
         channels_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Batches:
         """The minibatches of one epoch; see `Samples.batches`. Augmentation is the data set's own affair."""
-        groups = batch_indices(self.name, len(self), batch_size, seed, epoch, shuffle, drop_last, start)
+        groups = batch_indices(
+            self.name, len(self), batch_size, seed, epoch, shuffle, drop_last, start, rank, world_size
+        )
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=[group.tolist() for group in groups[start:]],
