@@ -1,4 +1,4 @@
-"""The networks of the recipes: LeNets for MNIST, residual networks for CIFAR-10, and libraries' for ImageNet."""
+"""The networks of the recipes: LeNets for MNIST, residual networks for CIFAR-10; MobileNet and libraries' networks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from clipq.errors import RecipeError
 from clipq.models.lenet import LeNet5, LeNet300100
 from clipq.models.libraries import LIBRARIES, build_from_library
+from clipq.models.mobilenet import MobileNetV1
 from clipq.models.resnet import CifarResNet
 from clipq.suggest import nearest
 
@@ -19,6 +20,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
         "lenet-300-100": LeNet300100,
         "lenet-5": LeNet5,
         **{f"resnet-{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+        "mobilenet-v1-0.25": partial(MobileNetV1, 0.25),
     }
 )
 
@@ -42,4 +44,4 @@ def build(name: str) -> nn.Module:
     return MODELS[name]()
 
 
-__all__ = ["MODELS", "CifarResNet", "LeNet5", "LeNet300100", "build"]
+__all__ = ["MODELS", "CifarResNet", "LeNet5", "LeNet300100", "MobileNetV1", "build"]
