@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-if torch.version.cuda is None and importlib.util.find_spec("torchvision") is not None:
+if importlib.util.find_spec("torchvision") and torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
     DECLARED = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

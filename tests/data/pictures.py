@@ -35,11 +35,11 @@ def write_folder(folder: Path, per_class: int = 7) -> list[tuple[str, bytes]]:
     return found
 
 
-def write_shard(path: Path, samples: list[tuple[str, bytes]], first: int = 0) -> None:
+def write_shard(path: Path, samples: list[tuple[str, bytes]], first: int = 0, ending: str = "png") -> None:
     with tarfile.open(path, "w") as tar:
         for i, (label, content) in enumerate(samples, first):
-            for ending, data in (("png", content), ("cls", label.encode()), ("json", b"{}")):
-                member = tarfile.TarInfo(f"some/{i:06}.{ending}")
+            for last, data in ((ending, content), ("cls", label.encode()), ("json", b"{}")):
+                member = tarfile.TarInfo(f"some/{i:06}.{last}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
