@@ -65,6 +65,8 @@ def test_what_a_page_shows_works(
     names = surroundings(tmp_path)
     if any("--data-root data" in block.text for block in blocks(page)):
         (tmp_path / "data").symlink_to(request.getfixturevalue("real_data"))
+    if any("recipes/imagenet" in block.text for block in blocks(page) if block.language == "console"):
+        request.getfixturevalue("vision")
     makefile = (ROOT / "Makefile").read_text()
     for block in blocks(page):
         if block.language == "python":

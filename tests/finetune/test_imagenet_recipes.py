@@ -6,6 +6,7 @@ The networks have random weights, so accuracies mean nothing here; that the relo
 from __future__ import annotations
 
 import importlib
+import os
 import runpy
 import shutil
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ from tests.data.pictures import write_shard
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "imagenet"
 DATA_FILES = ("imagenet.yaml", "imagenet-timm.yaml", "photographs.yaml")
+HEAVY = pytest.mark.skipif(
+    not os.environ.get("CLIPQ_HEAVY"), reason="minutes of one core a network: run it with CLIPQ_HEAVY=1"
+)
 TINY = {
     "epochs": 1,
     "batch_size": 8,
     "validation_fraction": 0.25,
-    "workers": 1,
+    "workers": 0,
     "warmup_epochs": 0,
     "precision": "32",
     "device": "cpu",
@@ -42,11 +46,13 @@ TINY = {
 
 
 @pytest.fixture
-def coarse_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search knows sizes from a few encodes of a few rows: its own tests look at how well it knows them."""
-    sizes = importlib.import_module("clipq.search.sizes")
+def coarse_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search knows sizes from a few encodes of a few rows, and starts from few plans."""
+    sizes, candidates = (importlib.import_module(f"clipq.search.{name}") for name in ("sizes", "candidates"))
     monkeypatch.setattr(sizes, "_SPARSITIES", (0.0, 1.5, 6.2))
     monkeypatch.setattr(sizes, "SAMPLE_ROWS_ELEMENTS", 2**12)
+    monkeypatch.setattr(candidates, "_EXPONENTS", (1.0,))
+    monkeypatch.setattr(candidates, "_WIDTHS", (3,))
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,28 @@ def test_a_recipe_is_whole(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [("mobilenet-v2", "folder"), ("shufflenet-v2", "shards")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mobilenet-v2", "folder"),
+        ("shufflenet-v2", "shards"),
+        *(
+            pytest.param(name, kind, marks=HEAVY)
+            for name, kind in [
+                ("resnet18", "shards"),
+                ("googlenet", "folder"),
+                ("resnet50", "shards"),
+                ("vit-s16", "folder"),
+                ("alexnet", "shards"),
+                ("vgg16", "folder"),
+            ]
+        ),
+    ],
+)
 def test_a_recipe_ends_with_a_file_that_gives_the_network_back(
-    name: str, kind: str, photographs: Photographs, tmp_path: Path, vision: None, coarse_sizes: None
+    name: str, kind: str, photographs: Photographs, tmp_path: Path, vision: None, coarse_search: None
 ) -> None:
-    run(name, kind, 64, photographs, tmp_path)
+    run(name, kind, 224 if name == "vit-s16" else 64, photographs, tmp_path)
 
 
 def test_weights_are_fetched_under_the_librarys_names(
