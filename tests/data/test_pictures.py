@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import queue
 import sys
 import tarfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import torch
+from aiohttp import web
 
 from clipq.data import Data, PictureSamples, load_data
 from clipq.errors import DataError
@@ -74,6 +79,38 @@ def test_any_fsspec_url_will_do(root: Path) -> None:
     for place in ("folder", "shard-{00..02}.tar"):
         assert same(train(local), train(described(root, f"train: {place}", root="memory://pictures")))
         assert same(train(local), train(described(root, f"train: memory://pictures/{place}")))
+
+
+@pytest.fixture
+def served(root: Path) -> Iterator[str]:
+    """The address of a server of the data root that gives ranges of bytes."""
+    ready, loop = queue.Queue[int](), asyncio.new_event_loop()
+
+    async def serve() -> None:
+        application = web.Application()
+        application.router.add_static("/", root)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ready.put(runner.addresses[0][1])
+
+    def run() -> None:
+        loop.run_until_complete(serve())
+        loop.run_forever()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield f"http://127.0.0.1:{ready.get(timeout=10)}"
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_worker_processes_read_from_a_server(root: Path, served: str) -> None:
+    local = described(root, "train: shard-{00..02}.tar")
+    for workers in (0, 2):
+        data = described(root, "train: shard-{00..02}.tar", root=served, workers=workers)
+        assert same(train(local), train(data))
 
 
 def test_neither_batch_size_nor_workers_nor_ranks_change_a_picture(root: Path) -> None:
