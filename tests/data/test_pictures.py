@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import queue
 import sys
@@ -17,7 +18,8 @@ import pytest
 import torch
 from aiohttp import web
 
-from clipq.data import Data, PictureSamples, load_data
+from clipq.data import Data, PictureSamples, load_data, stored
+from clipq.data.stored import file_system
 from clipq.errors import DataError
 
 pytest.importorskip("torchvision", reason="needs torchvision: pip install 'clipq[vision]'")
@@ -141,9 +143,10 @@ def test_a_start_reads_nothing_of_what_lies_before(root: Path, monkeypatch: pyte
     data = described(root, "train: shard-*.tar")
     whole = train(data)
     read: list[int] = []
-    stored = type(data.train.images)  # type: ignore[attr-defined]
-    original = stored.read
-    monkeypatch.setattr(stored, "read", lambda self, indices: read.extend(indices) or original(self, indices))
+    original = stored.StoredImages.read
+    monkeypatch.setattr(
+        stored.StoredImages, "read", lambda self, indices: read.extend(indices) or original(self, indices)
+    )
     assert same(train(data, start=3), whole[3:])
     assert len(read) == 19 - 12
 
@@ -165,6 +168,27 @@ def test_damaged_pictures_are_left_out_counted_and_named(root: Path) -> None:
         pytest.raises(DataError, match=r"3 pictures cannot be used, and max_corrupt is 2: "),
     ):
         list(data.batches("test", 6))
+
+
+def test_what_the_storage_fails_to_give_is_asked_for_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = described(root, "train: folder")
+    whole = train(data)
+    system = file_system(str(root))
+    original, broken = system.cat_file, itertools.cycle([True, False, True])
+
+    def cat_file(path: str, *args: Any, **options: Any) -> bytes:
+        if next(broken):
+            raise ConnectionResetError(path)
+        content: bytes = original(path, *args, **options)
+        return content
+
+    monkeypatch.setattr(stored, "PAUSES", (0, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(stored, "file_system", lambda url: system)
+    monkeypatch.setattr(system, "cat_file", cat_file)
+    assert same(train(data), whole)
+    monkeypatch.setattr(stored, "PAUSES", ())
+    with pytest.warns(UserWarning, match="ConnectionResetError"):
+        assert len(joined(train(data, 19))[1]) < 19
 
 
 def test_a_batch_without_any_picture_is_an_error(root: Path) -> None:

@@ -131,9 +131,9 @@ def _read(path: str, root: str | Path | None) -> tuple[Path, PictureData]:
 
 
 def _place(folder: str, place: str) -> str:
-    return (
-        place if "://" in place else folder.rstrip("/") + "/" + place if "://" in folder else str(Path(folder, place))
-    )
+    if "://" in place:
+        return place
+    return f"{folder.rstrip('/')}/{place}" if "://" in folder else str(Path(folder, place))
 
 
 def _read_classes(url: str) -> list[str]:

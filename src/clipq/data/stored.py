@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+PAUSES = (1.0, 5.0, 25.0)
+"""Seconds before each of the further tries to read what could not be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +62,27 @@ class StoredImages:
     def read(self, indices: Sequence[int]) -> list[bytes | Exception]:
         """The encoded images at these indices; instead of one that cannot be read, what was raised.
 
-        File systems in the network fetch them side by side.
+        File systems in the network fetch them side by side. What fails is tried again, unless there is no such file.
         """
+        found = self._read(indices)
+        for pause in PAUSES:
+            failed = [
+                i
+                for i, got in enumerate(found)
+                if isinstance(got, Exception) and not isinstance(got, FileNotFoundError)
+            ]
+            if not failed:
+                break
+            time.sleep(pause)
+            for i, got in zip(failed, self._read([indices[i] for i in failed]), strict=True):
+                found[i] = got
+        return found
+
+    def _read(self, indices: Sequence[int]) -> list[bytes | Exception]:
         paths = [bytes(self.files[self.file[index]]).decode() for index in indices]
         ranges = [(None, None)] * len(paths) if self.ranges is None else self.ranges[list(indices)].tolist()
-        starts, stops = zip(*ranges, strict=True)
-        found: list[bytes | Exception] = file_system(self.url).cat_ranges(
-            paths, list(starts), list(stops), on_error="return"
-        )
+        starts, stops = (list(column) for column in zip(*ranges, strict=True))
+        found: list[bytes | Exception] = file_system(self.url).cat_ranges(paths, starts, stops, on_error="return")
         return found
 
 
