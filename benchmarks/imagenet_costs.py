@@ -19,16 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipq.models import build
 from clipq.recipe import Recipe
+from clipq.search.candidates import STARTING_PLANS
 from clipq.search.groups import groups_of
-from clipq.search.predict import _WHOLE_PLANS
+from clipq.search.predict import EVALUATIONS, FINALISTS, SCREENING, WHOLE_PLANS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "imagenet.md"
 MARK = "<!-- costs -->"
 RECIPES = ("alexnet", "vgg16", "googlenet", "resnet18", "resnet50", "mobilenet-v2", "shufflenet-v2", "vit-s16")
 TRAINING_IMAGES = 1_281_167
-STARTING_PLANS = 9
-EVALUATIONS = 10  # of a group, where the recipe does not say
 RESNET50_RATE = 2470
 """Training images a second on one A100 (80 GB), mixed precision: published by NVIDIA, DeepLearningExamples, ResNet-50
 v1.5 for PyTorch, container 21.03. It is an assumption here: nothing of ours was measured on that machine."""
@@ -75,11 +74,12 @@ def measured(model: str) -> Network:
 
 def costs(recipe: Recipe, network: Network, reference: Network) -> dict[str, float]:
     """Forward passes of one image each, GPU hours and bytes."""
-    samples, steps = recipe.search_samples, recipe.search_steps * recipe.batch_size
+    samples, step = recipe.search_samples, 3 * recipe.batch_size
     alone = samples * (1 + network.groups * (recipe.search_evaluations or EVALUATIONS))
-    whole = samples * _WHOLE_PLANS
-    candidates = (STARTING_PLANS + recipe.search_refinements + 1) * (samples + 3 * steps)
-    search = alone + whole + candidates
+    screened = (STARTING_PLANS + recipe.search_refinements) * (samples + SCREENING * recipe.search_steps * step)
+    finalists = (FINALISTS + 1) * (samples + recipe.search_steps * step)
+    prices = samples * (1 + network.groups)
+    search = alone + samples * WHOLE_PLANS + screened + finalists + prices
     training = 3 * recipe.epochs * TRAINING_IMAGES * (1 - recipe.validation_fraction)
     slower = max(network.operations / reference.operations, network.kept / reference.kept)
     forwards_a_second = 3 * RESNET50_RATE / slower
