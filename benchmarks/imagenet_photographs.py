@@ -35,7 +35,7 @@ from clipq.search import Settings, Target, run_search
 ROOT = Path(__file__).parents[1]
 NAME = "mobilenet-v1-0.25"
 WEIGHTS = "weights/imagenet_mobilenet_v1_0.25_224.safetensors"
-DATA = ROOT / "recipes" / "imagenet" / "photographs.yaml"
+DATA = ROOT / "recipes" / "imagenet" / "data" / "photographs.yaml"
 RATIOS = (4, 6, 8)
 SETTINGS = Settings(evaluations=4, refinements=2)
 COST_BATCHES = 4  # of the half's eight: what one evaluation, and the norms in it, look at

@@ -26,7 +26,6 @@ from clipq.recipe import Recipe
 from tests.data.pictures import write_shard
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "imagenet"
-DATA_FILES = ("imagenet.yaml", "imagenet-timm.yaml", "photographs.yaml")
 HEAVY = pytest.mark.skipif(
     not os.environ.get("CLIPQ_HEAVY"), reason="minutes of one core a network: run it with CLIPQ_HEAVY=1"
 )
@@ -101,7 +100,7 @@ def run(name: str, kind: str, size: int, photographs: Photographs, folder: Path)
     load(folder / "run" / "model.clipq", into=build(recipe.model))
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml") if path.name not in DATA_FILES))
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_a_recipe_is_whole(name: str) -> None:
     recipe = Recipe.load(RECIPES / f"{name}.yaml")
     assert recipe.targets().keys() == {"ratio"}

@@ -26,7 +26,7 @@ def bench_data(
 ) -> None:
     """Measure how many samples a second the data gives: reading, decoding and augmentation alone.
 
-    Example: `clipq bench-data recipes/imagenet/imagenet.yaml --data-root /data/imagenet --workers 8`
+    Example: `clipq bench-data recipes/imagenet/data/torchvision.yaml --data-root /data/imagenet --workers 8`
 
     A GPU that trains faster than this waits for its data; give the recipe more workers then.
     """
