@@ -37,6 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev --group docs -e .
+	-$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps torchvision timm # without them, tests are skipped
 	touch $(READY)
 
 clean:

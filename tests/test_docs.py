@@ -68,6 +68,8 @@ def test_what_a_page_shows_works(
     if any("init_process_group" in block.text for block in blocks(page)):  # what torchrun sets
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             monkeypatch.setenv(name, value)
+    if any("recipes/imagenet" in block.text for block in blocks(page) if block.language == "console"):
+        request.getfixturevalue("vision")
     makefile = (ROOT / "Makefile").read_text()
     for block in blocks(page):
         if block.language == "python":

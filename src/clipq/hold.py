@@ -49,7 +49,7 @@ class SizeHolder:
         >>> holder.finish()
     """
 
-    def __init__(self, model: nn.Module | Mapping[str, object], attachment: Attachment, bytes: int) -> None:
+    def __init__(self, model: nn.Module | Mapping[str, Tensor], attachment: Attachment, bytes: int) -> None:
         self._model = model
         self._attachment = attachment
         self.bytes = bytes

@@ -40,12 +40,13 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(
-        description="The network: one of clipq's (lenet-300-100, lenet-5, resnet-20 to -110), or "
-        "'module:function' or 'file.py:function' that returns one."
+        description="The network: one of clipq's (lenet-300-100, lenet-5, resnet-20 to -110, mobilenet-v1-0.25), a "
+        "library's (torchvision/resnet50, timm/vit_small_patch16_224), or 'module:function' or 'file.py:function' that "
+        "returns one."
     )
     data: str = Field(
-        description="The data: digits, mnist, cifar10, or 'file.py:function' that returns (training, validation) "
-        "data sets, or (training, validation, test)."
+        description="The data: digits, mnist, cifar10, a data file (.yaml) that says where pictures lie, or "
+        "'file.py:function' that returns (training, validation) data sets, or (training, validation, test)."
     )
     weights: str | None = Field(
         None,
@@ -54,9 +55,14 @@ class Recipe(BaseModel):
     )
     data_root: str | None = Field(None, description="Folder of the named data sets; else CLIPQ_DATA, else a download.")
     validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Share of a named training set that is held out for validation."
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of a training set that is held out for validation, where the data has none of its own.",
     )
-    workers: int = Field(0, ge=0, description="Processes that make the samples of your own data sets.")
+    workers: int = Field(
+        0, ge=0, description="Processes that make the samples of data files and of your own data sets."
+    )
 
     plan: str | None = Field(
         None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipq.data import ImageSamples, ImageSet, load_images
+from clipq.data import ImageSamples, ImageSet, PictureSamples, load_data, load_images
 from clipq.errors import RecipeError
 from clipq.models import MODELS, CifarResNet, build
 
@@ -28,6 +30,7 @@ def parameters(name: str, kind: str = "") -> int:
         ("resnet-44", 658_586),
         ("resnet-56", 853_018),
         ("resnet-110", 1_727_962),
+        ("mobilenet-v1-0.25", 470_072),
     ],
 )
 def test_number_of_parameters(name: str, expected: int) -> None:
@@ -42,9 +45,9 @@ def test_lenet_5_is_caffes() -> None:
 def test_every_parameter_is_reached_by_the_gradient(name: str) -> None:
     torch.manual_seed(0)
     model = build(name)
-    shape = (4, 3, 32, 32) if name.startswith("resnet") else (4, 1, 28, 28)
-    scores = model(torch.randn(shape))
-    assert scores.shape == (4, 10)
+    images = {"lenet": (1, 28, 28), "resnet": (3, 32, 32), "mobilenet": (3, 224, 224)}[name.partition("-")[0]]
+    scores = model(torch.randn(4, *images))
+    assert scores.shape == (4, 1000 if name.startswith("mobilenet") else 10)
     torch.nn.functional.cross_entropy(scores, torch.arange(4)).backward()
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -130,3 +133,59 @@ def test_trained_resnets_get_as_many_of_every_fifth_test_image_right_as_known(
     real_data: Path, weights: str, _: int, expected: int
 ) -> None:
     assert correct("resnet-20", weights, "cifar10", real_data, every=5) == expected
+
+
+PHOTOGRAPHS = """
+train: photos/val
+test: photos/val
+classes: photos/classes.txt
+resize: 256
+mean: [0.5, 0.5, 0.5]
+std: [0.5, 0.5, 0.5]
+"""
+
+
+def test_trained_mobilenet_gets_as_many_of_every_fifth_photograph_right_as_once_measured(
+    real_data: Path, tmp_path: Path, vision: None
+) -> None:
+    (tmp_path / "photographs.yaml").write_text(PHOTOGRAPHS)
+    samples = load_data(str(tmp_path / "photographs.yaml"), real_data).test
+    assert isinstance(samples, PictureSamples)
+    assert len(samples) == 911
+    samples = replace(samples, images=samples.images.subset(torch.arange(0, 911, 5)))
+    model = build("mobilenet-v1-0.25")
+    model.load_state_dict(load_file(real_data / "weights" / "imagenet_mobilenet_v1_0.25_224.safetensors"), strict=False)
+    model.eval()
+    with torch.inference_mode():
+        correct = sum(int((model(inputs).argmax(1) == targets).sum()) for inputs, targets in samples.batches(64))
+    assert correct == 92  # of all 911, 468
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("torchvision/googlenet", 6_624_904),
+        ("torchvision/resnet18", 11_689_512),
+        ("torchvision/mobilenet_v2", 3_504_872),
+        ("timm/vit_small_patch16_224", 22_050_664),
+    ],
+)
+def test_networks_of_libraries_have_their_size_and_give_scores(name: str, expected: int, vision: None) -> None:
+    pytest.importorskip(name.partition("/")[0])
+    with torch.device("meta"):
+        model = build(name)
+        assert sum(p.numel() for p in model.parameters()) == expected
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+
+
+def test_a_librarys_unknown_network_suggests_the_nearest(vision: None) -> None:
+    with pytest.raises(RecipeError, match=r"torchvision has no network 'resnet5O' \(did you mean 'resnet50'\?\)"):
+        build("torchvision/resnet5O")
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_library_that_is_not_there_is_asked_for_by_name(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setitem(sys.modules, f"{library}.models", None)
+    with pytest.raises(RecipeError, match=rf"networks need {library}, .*pip install 'clipq\[vision\]'"):
+        build(f"{library}/resnet50")

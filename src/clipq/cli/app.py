@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from clipq.cli.bench_data import bench_data
 from clipq.cli.common import ExitCode, errors
 from clipq.cli.compress import COMMAND as COMPRESS
 from clipq.cli.demo import demo
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("compress", no_args_is_help=True)(COMPRESS)
 app.command("search", no_args_is_help=True)(SEARCH)
 app.command("evaluate")(evaluate)
+app.command("bench-data")(bench_data)
 app.command("demo")(demo)
 app.command("pack")(pack)
 app.command("unpack")(unpack)

@@ -35,7 +35,13 @@ def evaluate(
     if made.weights is None:
         raise typer.BadParameter("the recipe names no weights; give --weights FILE")
     load_weights(network, find_weights(made))
-    data = load_data(made.data, made.data_root, made.seed, validation_fraction=made.validation_fraction)
+    data = load_data(
+        made.data,
+        made.data_root,
+        made.seed,
+        validation_fraction=made.validation_fraction,
+        workers=made.workers,
+    )
     device = make_fabric(made).device
     network = network.to(device)
     data = data.for_outputs(number_of_outputs(network, data, made, device))

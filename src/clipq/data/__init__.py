@@ -1,4 +1,4 @@
-"""Data sets by name or from the user's own function, and minibatches of them.
+"""Data sets by name, of picture files or from the user's own function, and minibatches of them.
 
 data = load_data("cifar10", root="data")
 for inputs, targets in data.batches("train", batch_size=128, seed=0, epoch=3):
@@ -6,8 +6,10 @@ for inputs, targets in data.batches("train", batch_size=128, seed=0, epoch=3):
 """
 
 from clipq.data.batches import Batch, Batches, ImageSamples, Samples
+from clipq.data.described import PictureData
 from clipq.data.images import CropAndFlip, Images, ImageSet, Normalisation, check_labels
 from clipq.data.named import DATA_SETS, load_images
+from clipq.data.pictures import PictureSamples
 from clipq.data.sources import Data, load_data, split_images
 from clipq.data.split import stratified_split
 from clipq.data.user import UserSamples
@@ -22,6 +24,8 @@ __all__ = [
     "ImageSet",
     "Images",
     "Normalisation",
+    "PictureData",
+    "PictureSamples",
     "Samples",
     "UserSamples",
     "check_labels",

@@ -1,4 +1,4 @@
-"""The one way to data, by name or from the user's own function: what comes out is used alike."""
+"""The one way to data, by name, from a data file or the user's own function: what comes out is used alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipq.data.batches import Batches, ImageSamples, Samples
+from clipq.data.described import load_pictures
 from clipq.data.images import ImageSet
 from clipq.data.named import load_images
 from clipq.data.split import stratified_split
@@ -102,19 +103,26 @@ def load_data(
     validation_fraction: float = 0.1,
     workers: int = 0,
 ) -> Data:
-    """Load data by name ("digits", "mnist", "cifar10") or from the user's function ("file.py:function").
+    """Load data by name ("digits", "mnist", "cifar10"), of a data file ("imagenet.yaml"), or from the user's function
+    ("file.py:function").
 
     Args:
-        name_or_spec: the function is called without arguments and returns torch data sets (training, validation),
-            or (training, validation, test).
-        root: where named sets lie; see `load_images`.
-        seed: of the split of a named training set into training and validation samples.
-        validation_fraction: the share of a named training set that is held out, with every class in proportion.
-        workers: processes that make the samples of the user's data sets.
+        name_or_spec: a data file has the fields of `PictureData`. The function is called without arguments and returns
+            torch data sets (training, validation), or (training, validation, test).
+        root: where named sets and those of data files lie; see `load_images` and `load_pictures`.
+        seed: of the split of a training set into training and validation samples.
+        validation_fraction: the share of a training set that is held out, with every class in proportion; not of the
+            user's function, and not where a data file says where the validation samples are.
+        workers: processes that make the samples of data files and of the user's data sets.
 
     Raises:
         DataError: the data cannot be found or used; the message names the file, the value and the remedy.
     """
+    if workers < 0:
+        raise DataError(f"the number of workers is {workers}; it must be 0 (this process) or more")
+    if name_or_spec.endswith((".yaml", ".yml")):
+        parts = load_pictures(name_or_spec, root, seed, validation_fraction=validation_fraction, workers=workers)
+        return Data(name_or_spec, *parts)
     if ":" in name_or_spec:
         train, validation, test = load_user_samples(name_or_spec, workers)
         return Data(name_or_spec, train, validation, test, train.num_classes)

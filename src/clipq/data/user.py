@@ -93,8 +93,6 @@ def load_user_samples(spec: str, workers: int = 0) -> tuple[UserSamples, UserSam
     Raises:
         DataError: the function cannot be found, raises, or returns something else.
     """
-    if workers < 0:
-        raise DataError(f"the number of workers is {workers}; it must be 0 (this process) or more")
     function = load_function(spec, "data", DataError)
     try:
         made = function()
