@@ -5,8 +5,8 @@
 Starts 1, 2 and 4 processes on this machine, with one thread each, that talk over gloo. In each of them the CIFAR
 ResNet-20 is trained by DistributedDataParallel and by FSDP2 (``fully_shard``), plain and attached; the four take turns
 step by step, each step begun together. Then weights of ResNet-50's shapes, split over the processes, are quantized
-again and again while they drift as in training. What clipq sends is counted where it is sent. From these counts, and from
-figures that are assumed and named, follows a projection to GPUs. Writes ``benchmarks/results/scale.json`` and the
+again and again while they drift as in training. What clipq sends is counted where it is sent. From these counts, and
+from figures that are assumed and named, follows a projection to GPUs. Writes ``benchmarks/results/scale.json`` and the
 tables of ``docs/scale.md``.
 """
 
@@ -283,8 +283,8 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="steps of each way of training that are timed")
-    parser.add_argument("--calls", type=int, default=15, help="calls of the operator that are timed")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each way of training that are timed")
+    parser.add_argument("--calls", type=int, default=8, help="calls of the operator that are timed")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

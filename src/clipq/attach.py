@@ -145,8 +145,6 @@ class Attachment:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the full-precision weights from a state; the parameters are quantized anew, at once.
 
-        Load the model and its optimizer first.
-
         Raises:
             AttachError: the state was saved under another plan.
         """
@@ -453,8 +451,9 @@ def _quantizer(entries: Iterable[_Entry]) -> Quantizer:
 
 
 def _copy_all(sources: list[Tensor], targets: list[Tensor]) -> None:
-    torch._foreach_copy_([local_of(t) for t in targets], [local_of(t) for t in sources])
-    mark_written(targets)
+    if targets:
+        torch._foreach_copy_([local_of(t) for t in targets], [local_of(t) for t in sources])
+        mark_written(targets)
 
 
 def _version(parameter: Tensor) -> tuple[int, ...]:

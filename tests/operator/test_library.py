@@ -81,8 +81,9 @@ def test_an_exported_program_keeps_it_as_one_operator() -> None:
 
 
 def test_bad_input_is_refused_also_while_tracing() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.raises(WeightError, match=r"1 of 2 weights are NaN or Inf, the first at \(1,\)"):
-        quantize(torch.tensor([1.0, torch.nan]), 0.5, 3)
+        quantize(torch.tensor([1.0, torch.nan], device=device), 0.5, 3)
     with pytest.raises(WeightError, match=r"pruning rate 1\.5 is out of range"):
         quantize(torch.ones(2), 1.5, 3)
     with pytest.raises(WeightError, match="a strided tensor of int64 cannot be quantized"):
