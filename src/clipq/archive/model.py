@@ -164,7 +164,7 @@ def _build(decoding: bool) -> Callable[..., int]:
         x0, x1, x2 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
         x3, x4, x5 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
         known, error = np.zeros(row, np.int32), np.zeros(row, np.int32)
-        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS) << 8, _EVEN, np.int32)
+        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS) << bits, _EVEN, np.int32)
         steps = np.zeros(10, np.int64)
         weights = np.zeros(9 * 4, np.int64)
         for d in range(1, 9):
@@ -195,9 +195,9 @@ def _build(decoding: bool) -> Callable[..., int]:
                 activity = known[_u(j)] + (a * z3 >> 16)
                 h0 = (
                     27 * NEAR[_u(left + 8)] + 9 * NEAR[_u(left2 + 8)] + 3 * NEAR[_u(up + 8)] + NEAR[_u(left3 + 8)]
-                ) << 8
+                ) << bits
                 h1 = (activity >> 6) + 12
-                h1 = (NEIGHBOUR_CONTEXTS + (0 if h1 < 0 else 23 if h1 > 23 else h1)) << 8
+                h1 = (NEIGHBOUR_CONTEXTS + (0 if h1 < 0 else 23 if h1 > 23 else h1)) << bits
                 s0, s1 = slots[_u(h0)], slots[_u(h1)]
                 b, c = STRETCH[_u(s0 >> 19)], STRETCH[_u(s1 >> 19)]
                 p1 = _probability(activity + ((b * z4 + c * z5) >> 16))
