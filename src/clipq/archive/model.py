@@ -4,7 +4,8 @@ Source: docs/format.md, "Model". A code is coded as a zero flag, a sign, and the
 logit of each bit is a weighted sum of what several predictors say; the weights are learned as the coding goes on
 (logistic mixing). The predictors are the running activity of the column, of its group and of the row, the
 neighbours, and adaptive probabilities in contexts of them. What depends on earlier rows only is worked
-out a row at a time, so that it can be vectorised.
+out a row at a time, so that it can be vectorised. Rows of nothing but zeros take one flag, and the others are coded
+as if these were not there.
 
 Encoder and decoder are one function, made twice: they can never disagree. All arithmetic is on integers.
 """
@@ -49,15 +50,26 @@ def _adapted(slot: int, bit: int, limit: int) -> int:
 
 
 @njit(nogil=True)
+def _shift_in(low: int, width: int, position: int, words: I32) -> tuple[int, int, int]:
+    """Take the next word of the coded data."""
+    return low << 16 | words[_u(position)], width << 16, position + (1 if position + 1 < words.size else 0)
+
+
+@njit(nogil=True)
+def _shift_out(low: int, width: int, position: int, words: I32) -> tuple[int, int, int]:
+    """Give away the word that is settled but for a carry, up to 17 bits: carries are added at the end."""
+    words[_u(position)] = low >> 32
+    return (low & (_LEAST - 1)) << 16, width << 16, position + 1
+
+
+@njit(nogil=True)
 def _decode_bit(low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int, int]:
     bound = (width >> 16) * p1
     bit = 1 if low < bound else 0
     low = low if bit else low - bound
     width = bound if bit else width - bound
     if width < _LEAST:
-        low = low << 16 | words[_u(position)]
-        width <<= 16
-        position += 1 if position + 1 < words.size else 0
+        low, width, position = _shift_in(low, width, position, words)
     return bit, low, width, position
 
 
@@ -67,10 +79,7 @@ def _encode_bit(bit: int, low: int, width: int, position: int, words: I32, p1: i
     low = low if bit else low + bound
     width = bound if bit else width - bound
     if width < _LEAST:
-        words[_u(position)] = low >> 32  # up to 17 bits: carries are settled at the end
-        low = (low & (_LEAST - 1)) << 16
-        width <<= 16
-        position += 1
+        low, width, position = _shift_out(low, width, position, words)
     return low, width, position
 
 
@@ -92,12 +101,10 @@ def _look_above(
 ) -> None:
     """What earlier rows tell of this one: the activity of the column, of its group, and of the elements above."""
     log_mean, half = LOG[mean], mean >> 1
-    k = c = 0
-    for j in range(m):
-        x1[j] = LOG[group[c] >> 8] - log_mean
-        k += 1
-        if k == lag2:
-            k, c = 0, c + 1
+    for first in range(0, m, lag2):
+        value = LOG[group[first // lag2] >> 8] - log_mean
+        for j in range(first, min(first + lag2, m)):
+            x1[j] = value
     above, above2 = signed[here - row - 1 : here - row + m + 1], signed[here - 2 * row : here - 2 * row + m]
     for j in range(m):
         near = 2 * abs(above[j + 1]) + abs(above2[j]) + abs(above[j]) + abs(above[j + 2])
@@ -122,13 +129,12 @@ def _remember(signed: I8, here: int, m: int, lag2: int, rows: int, column: I64, 
         column[j] += ((abs(value) << 16) - column[j]) * share >> 16
         column_sign[j] += ((value << 16) - column_sign[j]) >> 3
     share = RECIPROCAL[rows + 1]
-    total = k = c = 0
-    for j in range(m):
-        total += abs(signed[here + j])
-        k += 1
-        if k == lag2 or j == m - 1:
-            group[c] += ((total << 16) // k - group[c]) * share >> 16
-            total, k, c = 0, 0, c + 1
+    for first in range(0, m, lag2):
+        last = min(first + lag2, m)
+        total = 0
+        for j in range(first, last):
+            total += abs(signed[here + j])
+        group[first // lag2] += ((total << 16) // (last - first) - group[first // lag2]) * share >> 16
 
 
 def _build(decoding: bool) -> Callable[..., int]:
@@ -139,6 +145,8 @@ def _build(decoding: bool) -> Callable[..., int]:
     of 1/256; the step of the zero flag's weights; how many bits an adaptive probability remembers.
     It returns the number of words used, or `OUT_OF_SPACE`.
     """
+
+    shifted = _shift_in if decoding else _shift_out
 
     @njit(nogil=True, cache=True)
     def code_tile(
@@ -164,7 +172,7 @@ def _build(decoding: bool) -> Callable[..., int]:
         x0, x1, x2 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
         x3, x4, x5 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
         known, error = np.zeros(row, np.int32), np.zeros(row, np.int32)
-        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS) << bits, _EVEN, np.int32)
+        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS << bits) + 4, _EVEN, np.int32)
         steps = np.zeros(10, np.int64)
         weights = np.zeros(9 * 4, np.int64)
         for d in range(1, 9):
@@ -176,12 +184,30 @@ def _build(decoding: bool) -> Callable[..., int]:
         if row > 2048:
             rate = (rate * 2048 + row - 1) // row
 
-        for r in range((n + row - 1) // row):
-            start = r * row
-            here = pad + start
+        flags = (NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS) << bits
+        dead = seen = live = 0
+        for start in range(0, n, row):
             m = row if row < n - start else n - start
-            if not decoding and position + 7 * m + 3 > words.size:
+            if not decoding and position + 7 * m + 4 > words.size:
                 return OUT_OF_SPACE
+            seen = 2 * (seen & 1) + dead
+            s0 = slots[_u(flags + seen)]
+            p1 = _probability(STRETCH[_u(s0 >> 19)])
+            if decoding:
+                dead, low, width, position = _decode_bit(low, width, position, words, p1)
+            else:
+                dead = 1
+                for j in range(m):
+                    if codes[_u(start + j)] != pivot:
+                        dead = 0
+                        break
+                low, width, position = _encode_bit(dead, low, width, position, words, p1)
+            slots[_u(flags + seen)] = _adapted(s0, dead, limit)
+            if dead:
+                if decoding:
+                    codes[start : start + m] = pivot
+                continue
+            here = pad + live * row
             _look_above(signed, here, row, m, lag2, column, group, mean, x0, x1, x2)
             for j in range(m):
                 known[j] = (x0[j] * z0 + x1[j] * z1 + x2[j] * z2) >> 16
@@ -201,19 +227,27 @@ def _build(decoding: bool) -> Callable[..., int]:
                 s0, s1 = slots[_u(h0)], slots[_u(h1)]
                 b, c = STRETCH[_u(s0 >> 19)], STRETCH[_u(s1 >> 19)]
                 p1 = _probability(activity + ((b * z4 + c * z5) >> 16))
-                code = pivot
-                if decoding:
-                    bit, low, width, position = _decode_bit(low, width, position, words, p1)
-                else:
-                    code = pivot + (codes[_u(start + j)] - pivot)
-                    bit = 1 if code != pivot else 0
-                    low, width, position = _encode_bit(bit, low, width, position, words, p1)
-                x3[_u(j)], x4[_u(j)], x5[_u(j)], error[_u(j)] = a, b, c, (bit << 16) - p1
-                slots[_u(h0)] = _adapted(s0, bit, limit)
-                slots[_u(h1)] = _adapted(s1, bit, limit)
+                bound = (width >> 16) * p1
+                code = pivot if decoding else pivot + (codes[_u(start + j)] - pivot)
+                x3[_u(j)], x4[_u(j)], x5[_u(j)] = a, b, c
 
-                size = 0
-                if bit:
+                # Two branches and no shared arithmetic: the processor runs ahead on the one that it expects.
+                if low >= bound if decoding else code == pivot:
+                    low = low - bound if decoding else low + bound
+                    width -= bound
+                    if width < _LEAST:
+                        low, width, position = shifted(low, width, position, words)
+                    error[_u(j)] = -p1
+                    slots[_u(h0)] = _adapted(s0, 0, limit)
+                    slots[_u(h1)] = _adapted(s1, 0, limit)
+                    row_activity -= row_activity * RECIPROCAL[_u(j + 8 if j < 242 else 250)] + 65535 >> 16
+                else:
+                    width = bound
+                    if width < _LEAST:
+                        low, width, position = shifted(low, width, position, words)
+                    error[_u(j)] = 65536 - p1
+                    slots[_u(h0)] = _adapted(s0, 1, limit)
+                    slots[_u(h1)] = _adapted(s1, 1, limit)
                     y0, y1, y2 = CAPPED[_u(left + 8)], CAPPED[_u(left2 + 8)], CAPPED[_u(up + 8)]
                     y3 = column_sign[_u(j)] >> 12
                     p1 = _probability((y0 * g0 + y1 * g1 + y2 * g2 + y3 * g3) >> 16)
@@ -251,11 +285,11 @@ def _build(decoding: bool) -> Callable[..., int]:
                     level = node - (1 << bits)
                     size = 1 + (level >> shift)
                     signed[_u(q)] = -size if negative else size
+                    row_activity += ((size << 16) - row_activity) * RECIPROCAL[_u(j + 8 if j < 242 else 250)] >> 16
                     if decoding:
                         code = pivot - 1 - level if negative else pivot + 1 + level
                 if decoding:
                     codes[_u(start + j)] = 0 if code < 0 else levels - 1 if code >= levels else code
-                row_activity += ((size << 16) - row_activity) * RECIPROCAL[_u(j + 8 if j < 242 else 250)] >> 16
 
             z0 = _learned(z0, _correlation(error, x0, m) * rate)
             z1 = _learned(z1, _correlation(error, x1, m) * rate)
@@ -263,7 +297,8 @@ def _build(decoding: bool) -> Callable[..., int]:
             z3 = _learned(z3, _correlation(error, x3, m) * rate)
             z4 = _learned(z4, _correlation(error, x4, m) * rate)
             z5 = _learned(z5, _correlation(error, x5, m) * rate)
-            _remember(signed, here, m, lag2, r if r < 60 else 60, column, column_sign, group)
+            _remember(signed, here, m, lag2, live if live < 60 else 60, column, column_sign, group)
+            live += 1
 
         if not decoding:
             # The number in the interval with the most zeros at its end: those are not stored.
