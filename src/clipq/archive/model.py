@@ -13,17 +13,29 @@ Encoder and decoder are one function, made twice: they can never disagree. All a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from clipq.archive.tables import ADAPT, CAPPED, LOG, NEAR, RECIPROCAL, SQUASH, STEP, STRETCH
+from clipq.archive.rangecoder import (
+    EVEN,
+    I32,
+    LEAST,
+    START,
+    adapted,
+    decode_bit,
+    encode_bit,
+    finish,
+    probability,
+    shift_in,
+    shift_out,
+)
+from clipq.archive.rangecoder import as_index as _u
+from clipq.archive.tables import CAPPED, LOG, NEAR, RECIPROCAL, STEP, STRETCH
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
-I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 NEIGHBOUR_CONTEXTS, ACTIVITY_CONTEXTS = 81, 24
@@ -32,61 +44,6 @@ LEVEL_WEIGHTS = (14000, 24000, 44000)  # activity, two adaptive probabilities
 SIGN_WEIGHTS = (-690000, -545000, -63000, -800000)  # left, lag 1, above, column
 MAX_WEIGHT = 1 << 20
 OUT_OF_SPACE = -1
-
-# An index of this type spares the look at whether it is negative. To the type checker it is a plain integer.
-_u: Any = np.uint64
-_LEAST = 1 << 32
-_START = (1 << 48) - 1
-_EVEN = 1 << 30  # an adaptive probability of a half that saw no bit yet: 23 bits of probability, 8 of count
-
-
-@njit(nogil=True)
-def _adapted(slot: int, bit: int, limit: int) -> int:
-    """An adaptive probability after it saw a bit."""
-    count, p = slot & 255, slot >> 8
-    share: int = ADAPT[_u(count)]
-    p += (((bit << 23) - (bit << 3) - p) * share) >> 16
-    return p << 8 | (count + 1 if count < limit else limit)
-
-
-@njit(nogil=True)
-def _shift_in(low: int, width: int, position: int, words: I32) -> tuple[int, int, int]:
-    """Take the next word of the coded data."""
-    return low << 16 | words[_u(position)], width << 16, position + (1 if position + 1 < words.size else 0)
-
-
-@njit(nogil=True)
-def _shift_out(low: int, width: int, position: int, words: I32) -> tuple[int, int, int]:
-    """Give away the word that is settled but for a carry, up to 17 bits: carries are added at the end."""
-    words[_u(position)] = low >> 32
-    return (low & (_LEAST - 1)) << 16, width << 16, position + 1
-
-
-@njit(nogil=True)
-def _decode_bit(low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int, int]:
-    bound = (width >> 16) * p1
-    bit = 1 if low < bound else 0
-    low = low if bit else low - bound
-    width = bound if bit else width - bound
-    if width < _LEAST:
-        low, width, position = _shift_in(low, width, position, words)
-    return bit, low, width, position
-
-
-@njit(nogil=True)
-def _encode_bit(bit: int, low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int]:
-    bound = (width >> 16) * p1
-    low = low if bit else low + bound
-    width = bound if bit else width - bound
-    if width < _LEAST:
-        low, width, position = _shift_out(low, width, position, words)
-    return low, width, position
-
-
-@njit(nogil=True)
-def _probability(logit: int) -> int:
-    p: int = SQUASH[_u(2048 + (-2047 if logit < -2047 else 2047 if logit > 2047 else logit))]
-    return p
 
 
 @njit(nogil=True)
@@ -146,14 +103,14 @@ def _build(decoding: bool) -> Callable[..., int]:
     It returns the number of words used, or `OUT_OF_SPACE`.
     """
 
-    shifted = _shift_in if decoding else _shift_out
+    shifted = shift_in if decoding else shift_out
 
     @njit(nogil=True, cache=True)
     def code_tile(
         codes: U8, words: I32, row: int, lag1: int, lag2: int, pivot: int, levels: int, mean: int, rate: int, limit: int
     ) -> int:
         n = codes.size
-        low, width, position = 0, _START, 0
+        low, width, position = 0, START, 0
         if decoding:
             low = words[0] << 32 | words[1] << 16 | words[2]
             position = 3
@@ -172,7 +129,7 @@ def _build(decoding: bool) -> Callable[..., int]:
         x0, x1, x2 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
         x3, x4, x5 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
         known, error = np.zeros(row, np.int32), np.zeros(row, np.int32)
-        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS << bits) + 4, _EVEN, np.int32)
+        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS << bits) + 4, EVEN, np.int32)
         steps = np.zeros(10, np.int64)
         weights = np.zeros(9 * 4, np.int64)
         for d in range(1, 9):
@@ -192,17 +149,17 @@ def _build(decoding: bool) -> Callable[..., int]:
                 return OUT_OF_SPACE
             seen = 2 * (seen & 1) + dead
             s0 = slots[_u(flags + seen)]
-            p1 = _probability(STRETCH[_u(s0 >> 19)])
+            p1 = probability(STRETCH[_u(s0 >> 19)])
             if decoding:
-                dead, low, width, position = _decode_bit(low, width, position, words, p1)
+                dead, low, width, position = decode_bit(low, width, position, words, p1)
             else:
                 dead = 1
                 for j in range(m):
                     if codes[_u(start + j)] != pivot:
                         dead = 0
                         break
-                low, width, position = _encode_bit(dead, low, width, position, words, p1)
-            slots[_u(flags + seen)] = _adapted(s0, dead, limit)
+                low, width, position = encode_bit(dead, low, width, position, words, p1)
+            slots[_u(flags + seen)] = adapted(s0, dead, limit)
             if dead:
                 if decoding:
                     codes[start : start + m] = pivot
@@ -226,7 +183,7 @@ def _build(decoding: bool) -> Callable[..., int]:
                 h1 = (NEIGHBOUR_CONTEXTS + (0 if h1 < 0 else 23 if h1 > 23 else h1)) << bits
                 s0, s1 = slots[_u(h0)], slots[_u(h1)]
                 b, c = STRETCH[_u(s0 >> 19)], STRETCH[_u(s1 >> 19)]
-                p1 = _probability(activity + ((b * z4 + c * z5) >> 16))
+                p1 = probability(activity + ((b * z4 + c * z5) >> 16))
                 bound = (width >> 16) * p1
                 code = pivot if decoding else pivot + (codes[_u(start + j)] - pivot)
                 x3[_u(j)], x4[_u(j)], x5[_u(j)] = a, b, c
@@ -235,27 +192,27 @@ def _build(decoding: bool) -> Callable[..., int]:
                 if low >= bound if decoding else code == pivot:
                     low = low - bound if decoding else low + bound
                     width -= bound
-                    if width < _LEAST:
+                    if width < LEAST:
                         low, width, position = shifted(low, width, position, words)
                     error[_u(j)] = -p1
-                    slots[_u(h0)] = _adapted(s0, 0, limit)
-                    slots[_u(h1)] = _adapted(s1, 0, limit)
+                    slots[_u(h0)] = adapted(s0, 0, limit)
+                    slots[_u(h1)] = adapted(s1, 0, limit)
                     row_activity -= row_activity * RECIPROCAL[_u(j + 8 if j < 242 else 250)] + 65535 >> 16
                 else:
                     width = bound
-                    if width < _LEAST:
+                    if width < LEAST:
                         low, width, position = shifted(low, width, position, words)
                     error[_u(j)] = 65536 - p1
-                    slots[_u(h0)] = _adapted(s0, 1, limit)
-                    slots[_u(h1)] = _adapted(s1, 1, limit)
+                    slots[_u(h0)] = adapted(s0, 1, limit)
+                    slots[_u(h1)] = adapted(s1, 1, limit)
                     y0, y1, y2 = CAPPED[_u(left + 8)], CAPPED[_u(left2 + 8)], CAPPED[_u(up + 8)]
                     y3 = column_sign[_u(j)] >> 12
-                    p1 = _probability((y0 * g0 + y1 * g1 + y2 * g2 + y3 * g3) >> 16)
+                    p1 = probability((y0 * g0 + y1 * g1 + y2 * g2 + y3 * g3) >> 16)
                     if decoding:
-                        negative, low, width, position = _decode_bit(low, width, position, words, p1)
+                        negative, low, width, position = decode_bit(low, width, position, words, p1)
                     else:
                         negative = 1 if code < pivot else 0
-                        low, width, position = _encode_bit(negative, low, width, position, words, p1)
+                        low, width, position = encode_bit(negative, low, width, position, words, p1)
                     e = ((negative << 16) - p1) * STEP[_u(steps[9])] >> 10
                     steps[9] += 1 if steps[9] < 255 else 0
                     g0 += (y0 * e + 8) >> 4
@@ -268,19 +225,19 @@ def _build(decoding: bool) -> Callable[..., int]:
                         s0, s1 = slots[_u(h0 + node)], slots[_u(h1 + node)]
                         b, c = STRETCH[_u(s0 >> 19)], STRETCH[_u(s1 >> 19)]
                         w0, w1, w2 = weights[_u(4 * d)], weights[_u(4 * d + 1)], weights[_u(4 * d + 2)]
-                        p1 = _probability((activity * w0 + b * w1 + c * w2) >> 16)
+                        p1 = probability((activity * w0 + b * w1 + c * w2) >> 16)
                         if decoding:
-                            bit, low, width, position = _decode_bit(low, width, position, words, p1)
+                            bit, low, width, position = decode_bit(low, width, position, words, p1)
                         else:
                             bit = level >> (bits - d) & 1
-                            low, width, position = _encode_bit(bit, low, width, position, words, p1)
+                            low, width, position = encode_bit(bit, low, width, position, words, p1)
                         e = ((bit << 16) - p1) * STEP[_u(steps[_u(d)])] >> 10
                         steps[_u(d)] += 1 if steps[_u(d)] < 255 else 0
                         weights[_u(4 * d)] = w0 + ((activity * e + 8192) >> 14)
                         weights[_u(4 * d + 1)] = w1 + ((b * e + 8192) >> 14)
                         weights[_u(4 * d + 2)] = w2 + ((c * e + 8192) >> 14)
-                        slots[_u(h0 + node)] = _adapted(s0, bit, limit)
-                        slots[_u(h1 + node)] = _adapted(s1, bit, limit)
+                        slots[_u(h0 + node)] = adapted(s0, bit, limit)
+                        slots[_u(h1 + node)] = adapted(s1, bit, limit)
                         node = 2 * node + bit
                     level = node - (1 << bits)
                     size = 1 + (level >> shift)
@@ -301,18 +258,7 @@ def _build(decoding: bool) -> Callable[..., int]:
             live += 1
 
         if not decoding:
-            # The number in the interval with the most zeros at its end: those are not stored.
-            top = low + width - 1
-            for zeros in range(48, -1, -8):
-                if top >> zeros << zeros >= low:
-                    low = top >> zeros << zeros
-                    break
-            words[position], words[position + 1], words[position + 2] = low >> 32, low >> 16 & 65535, low & 65535
-            position += 3
-            carry = 0
-            for i in range(position - 1, -1, -1):
-                total = words[i] + carry
-                words[i], carry = total & 65535, total >> 16
+            position = finish(low, width, position, words)
         return position
 
     return code_tile
