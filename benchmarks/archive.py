@@ -4,7 +4,8 @@
     python benchmarks/archive.py --data-root DIR [--model FILE.clipq ...] [--net NAME ...]
 
 ``--model`` adds files that ``clipq compress`` made. Sizes count everything in a file. Times are the least of several
-runs, of the processor with one thread and of the clock with more, kernels warm. Writes ``benchmarks/results/archive.json`` and the tables of ``docs/performance.md``.
+runs with the kernels warm: of the processor for one thread, of the clock for more. Writes
+``benchmarks/results/archive.json`` and the tables of ``docs/performance.md``.
 """
 
 from __future__ import annotations
@@ -231,16 +232,17 @@ def tables(results: Mapping[str, Any]) -> str:
         lines.append(f"- SqueezeNet: {share:.3f} of the released Deep-Compression file's {RELEASED_SQUEEZENET:,} bytes")
     cold = results["cold start"]
     lines.append(
-        f"- A new process that has imported torch loads LeNet-300-100 in {cold['empty cache']:.2f} s while Numba's cache is empty, in "
-        f"{cold['full cache']:.2f} s afterwards"
+        f"- A new process that has imported torch loads LeNet-300-100 in {cold['empty cache']:.2f} s while Numba's "
+        f"cache is empty, in {cold['full cache']:.2f} s afterwards"
     )
     if "scaling" in results:
         threads = results["scaling"]["threads"]
         first, last = threads["1"], threads[max(threads, key=int)]
         lines.append(
             f"- {max(threads, key=int)} threads on the AlexNet-shaped net: writing "
-            f"{first['encode'] / last['encode']:.2f} times as fast as one, reading {first['decode'] / last['decode']:.2f} times; memory of reading beyond "
-            f"the tensors {results['scaling']['memory beyond the tensors'] / 2**20:.1f} MiB"
+            f"{first['encode'] / last['encode']:.2f} times as fast as one, reading "
+            f"{first['decode'] / last['decode']:.2f} times; memory of reading beyond the tensors "
+            f"{results['scaling']['memory beyond the tensors'] / 2**20:.1f} MiB"
         )
     return "\n\n".join([*text, "\n".join(lines)])
 
