@@ -235,8 +235,9 @@ def codes(t: Tensor, blocks: list[bytes]) -> bytes:
     levels, pivot = start.byte() + 1, start.byte()
     width = 8 * SIZES[t.type]
     bits = BitString(start).take
-    keys, m = [bits(width)], width - 12
-    for _ in range(levels - 1):
+    zero = bits(1)
+    keys, m = [bits(width)] if levels > zero else [], width - 12
+    for _ in range(levels - zero - 1):
         c = 0
         while c < 5 and not bits(1):
             c += 1
@@ -251,6 +252,8 @@ def codes(t: Tensor, blocks: list[bytes]) -> bytes:
         elif t.type in SIGNED:
             key ^= top
         values.append(key.to_bytes(width // 8, "little"))
+    if zero:
+        values.insert(pivot, bytes(width // 8))
     settings = (start.varint(), start.varint(), start.varint(), start.byte(), start.byte())
     plain_row = t.n // t.shape[0] if len(t.shape) > 1 else t.n
     row = t.n // t.shape[1] if t.swapped else min(max(plain_row, 1), 2**16)

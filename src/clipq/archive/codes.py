@@ -66,7 +66,7 @@ def _nearest(ascending: Bits, values: Bits) -> npt.NDArray[np.intp]:
 
 
 def encode_codebook(sink: Sink, codebook: Codebook, dtype_code: int) -> None:
-    """Write a codebook: the first value as it is, of the others the distance in order from the one before.
+    """Write a codebook: the first value as it is, of the others the distance in order from the one before; no zero.
 
     The distances are written as bit strings: the number of bits after the first one, by how far it is from the last
     such number, then these bits.
@@ -74,7 +74,15 @@ def encode_codebook(sink: Sink, codebook: Codebook, dtype_code: int) -> None:
     itemsize = codebook.bits.dtype.itemsize
     keys = [int(key) for key in dtypes.order_key(codebook.bits, dtype_code)]
     field = _length_field(itemsize)
-    string, n = keys[0], 8 * itemsize
+    sink.byte(len(keys) - 1)
+    sink.byte(codebook.pivot)
+    string = n = 1
+    if codebook.bits[codebook.pivot] == 0:
+        del keys[codebook.pivot]
+    else:
+        string = 0
+    if keys:
+        string, n = string << 8 * itemsize | keys[0], n + 8 * itemsize
     last = 8 * itemsize - _USUAL
     for before, key in itertools.pairwise(keys):
         distance = key - before
@@ -86,8 +94,6 @@ def encode_codebook(sink: Sink, codebook: Codebook, dtype_code: int) -> None:
             string, n = string << (_ESCAPE + field) | length, n + _ESCAPE + field
         string, n = string << length | (distance - (1 << length)), n + length
     n_bytes = -(-n // 8)
-    sink.byte(len(keys) - 1)
-    sink.byte(codebook.pivot)
     sink.raw((string << (8 * n_bytes - n)).to_bytes(n_bytes, "big"))
 
 
@@ -112,9 +118,10 @@ def decode_codebook(cursor: Cursor, dtype_code: int) -> Codebook:
         value, string = string >> n, string & ((1 << n) - 1)
         return value
 
-    keys = [take(width)]
+    zero = take(1)
+    keys = [take(width)] if levels > zero else []
     last = width - _USUAL
-    for _ in range(levels - 1):
+    for _ in range(levels - zero - 1):
         change = 0
         while change < _ESCAPE and not take(1):
             change += 1
@@ -125,8 +132,10 @@ def decode_codebook(cursor: Cursor, dtype_code: int) -> Codebook:
         if not 0 <= length < width:
             raise cursor.damaged("a distance in the codebook is longer than its type")
         keys.append(keys[-1] + (1 << length | take(length)))
-    if keys[-1] >> width:
-        raise cursor.damaged("a codebook's values do not fit its type")
+    if zero:
+        keys.insert(pivot, int(dtypes.order_key(np.zeros(1, f"<u{width // 8}"), dtype_code)[0]))
+    if keys[-1] >> width or any(key >= after for key, after in itertools.pairwise(keys)):
+        raise cursor.damaged("a codebook's values do not fit its type, or do not ascend")
     return Codebook(dtypes.bits_from_key(np.array(keys, f"<u{width // 8}"), dtype_code), pivot)
 
 
