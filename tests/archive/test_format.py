@@ -70,7 +70,7 @@ def test_no_table_entry_is_near_a_rounding_boundary() -> None:
 def test_what_is_not_codes_takes_little_in_a_small_file() -> None:
     rng = np.random.default_rng(0)
     shapes = {"ip1": (300, 784), "ip2": (100, 300), "ip3": (10, 100)}
-    net = {f"{name}.weight": make.quantized(rng, shape, 7, 0.04) for name, shape in shapes.items()}
+    net = {f"{name}.weight": make.quantized(rng, shape, 7, 0.025) for name, shape in shapes.items()}
     content = archive.encode_file(net)
     assert 10_000 < len(content) < 20_000
     with archive.Archive(content) as file:
