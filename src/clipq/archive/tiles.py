@@ -20,7 +20,7 @@ from clipq.archive.wire import Cursor, Sink
 TILE_ELEMENTS = 2**20
 MAX_ROW = 2**16
 _LOOKUP = 2**14  # elements at a time: NumPy widens the indices to 64 bits
-_SAMPLE = 2**18
+_SAMPLE = 2**19
 
 U8 = npt.NDArray[np.uint8]
 Bits = npt.NDArray[np.unsignedinteger]
