@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import zstandard
 
 SIZES = (1, 1, 1, 2, 2, 4, 4, 8, 8, 2, 2, 4, 8, 4, 8, 16, 1, 1, 1, 1, 1, 1)
+MANTISSA = {9: 7, 10: 7, 11: 23, 12: 55}
 SIGNED, FLOATING = {2, 4, 6, 8}, {9, 10, 11, 12, 16, 17, 18, 19}
 
 
@@ -28,6 +29,50 @@ STEP = [131 + math.isqrt(1400000 // (1 + i)) for i in range(256)]
 
 def prob(logit: int) -> int:
     return SQUASH[2048 + clip(logit, 2047)]
+
+
+class Adaptive:
+    """Adaptive probabilities by context."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.states: dict[object, tuple[int, int]] = defaultdict(lambda: (2**22, 0))
+
+    def logit(self, key: object) -> int:
+        return STRETCH[self.states[key][0] >> 11]
+
+    def adapt(self, key: object, bit: int) -> None:
+        p, count = self.states[key]
+        self.states[key] = p + ((bit * 2**23 - 8 * bit - p) * ADAPT[count] >> 16), min(count + 1, self.limit)
+
+
+def learn(weights: list[int], inputs: list[int], bit: int, p: int, counts: list[int], d: int) -> None:
+    e = (bit * 65536 - p) * STEP[counts[d]] >> 10
+    counts[d] = min(counts[d] + 1, 255)
+    weights[:] = [w + (x * e + 8192 >> 14) for x, w in zip(inputs, weights, strict=True)]
+
+
+class Coder:
+    """The range coder."""
+
+    def __init__(self, data: bytes) -> None:
+        words = [int.from_bytes(data[i : i + 2].ljust(2, b"\0"), "big") for i in range(0, len(data), 2)]
+        self.words = [*words, 0, 0, 0][::-1]
+        self.low, self.width = 0, 2**48 - 1
+        for _ in range(3):
+            self.low = self.low << 16 | self.words.pop()
+
+    def read(self, p: int) -> int:
+        bound = (self.width >> 16) * p
+        bit = int(self.low < bound)
+        if bit:
+            self.width = bound
+        else:
+            self.low, self.width = self.low - bound, self.width - bound
+        if self.width < 2**32:
+            self.low = self.low << 16 | (self.words.pop() if self.words else 0)
+            self.width <<= 16
+        return bit
 
 
 class Bytes:
@@ -51,6 +96,17 @@ class Bytes:
 
     def text(self) -> bytes:
         return self.take(self.varint())
+
+
+class BitString:
+    def __init__(self, data: Bytes) -> None:
+        self.data, self.bits = data, ""
+
+    def take(self, n: int) -> int:
+        while len(self.bits) < n:
+            self.bits += f"{self.data.byte():08b}"
+        value, self.bits = int(self.bits[:n] or "0", 2), self.bits[n:]
+        return value
 
 
 @dataclass
@@ -112,7 +168,8 @@ def decode(content: bytes) -> dict[str, tuple[int, tuple[int, ...], bytes]]:
     for group in range(n_groups):
         members = [t for t in tensors if t.kind == 2 and t.blocks == [group]]
         members.sort(key=lambda t: t.name.decode().rpartition(".")[2])
-        data = Bytes(raw(blocks[group], sum(t.n for t in members), SIZES[members[0].type]))
+        decoder = floats if members[0].type in MANTISSA and sum(t.n for t in members) else planes
+        data = Bytes(decoder(blocks[group], [t.n for t in members], members[0].type))
         for t in members:
             t.data = data.take(t.n * SIZES[t.type])
     for t in tensors:
@@ -137,24 +194,55 @@ def raw(block: bytes, n: int, size: int) -> bytes:
     return bytes(out)
 
 
+def planes(block: bytes, counts: list[int], kind: int) -> bytes:
+    return raw(block, sum(counts), SIZES[kind])
+
+
+def floats(block: bytes, counts: list[int], kind: int) -> bytes:
+    """The elements of a group of floats."""
+    start, rest = Bytes(block), MANTISSA[kind]
+    kept = start.byte() - 1
+    if kept < 0:
+        return raw(block[1:], sum(counts), SIZES[kind])
+    coder = Coder(start.take(start.varint()))
+    string = BitString(start)
+    signs, every, t = Adaptive(20), Adaptive(60), [0] * 8
+    u = [[32768, 32768] for _ in range(8)]
+    tops, h = [], 0
+    for count in counts:
+        own = Adaptive(60)
+        for _ in range(count):
+            sign = coder.read(prob(signs.logit(h)))
+            signs.adapt(h, sign)
+            h, node = 2 * (h & 1) + sign, 1
+            for d in range(8):
+                v = [every.logit(node), own.logit(node)]
+                p = prob(sum(a * b for a, b in zip(v, u[d], strict=True)) >> 16)
+                bit = coder.read(p)
+                learn(u[d], v, bit, p, t, d)
+                every.adapt(node, bit)
+                own.adapt(node, bit)
+                node = 2 * node + bit
+            tops.append(sign << 8 | node & 255)
+    values = [(top << kept | string.take(kept)) << (rest - kept) for top in tops]
+    assert start.at == len(block)
+    return b"".join(value.to_bytes(SIZES[kind], "little") for value in values)
+
+
 def codes(t: Tensor, blocks: list[bytes]) -> bytes:
     """The elements of a code tensor."""
     start = Bytes(blocks[0])
     levels, pivot = start.byte() + 1, start.byte()
     width = 8 * SIZES[t.type]
-    pending: list[int] = []
-
-    def bits(n: int) -> int:
-        value = 0
-        for _ in range(n):
-            if not pending:
-                pending.extend(int(bit) for bit in f"{start.byte():08b}")
-            value = 2 * value + pending.pop(0)
-        return value
-
-    keys = [bits(width)]
-    for _ in range(levels - 1):
-        k = bits(width.bit_length() - 1)
+    bits = BitString(start).take
+    zero = bits(1)
+    keys, m = [bits(width)] if levels > zero else [], width - 12
+    for _ in range(levels - zero - 1):
+        c = 0
+        while c < 5 and not bits(1):
+            c += 1
+        k = bits(width.bit_length() - 1) if c == 5 else m + (c // 2 if c % 2 == 0 else -(c + 1) // 2)
+        m = m if c == 5 else k
         keys.append(keys[-1] + (1 << k) + bits(k))
     top = 1 << (width - 1)
     values = []
@@ -164,6 +252,8 @@ def codes(t: Tensor, blocks: list[bytes]) -> bytes:
         elif t.type in SIGNED:
             key ^= top
         values.append(key.to_bytes(width // 8, "little"))
+    if zero:
+        values.insert(pivot, bytes(width // 8))
     settings = (start.varint(), start.varint(), start.varint(), start.byte(), start.byte())
     plain_row = t.n // t.shape[0] if len(t.shape) > 1 else t.n
     row = t.n // t.shape[1] if t.swapped else min(max(plain_row, 1), 2**16)
@@ -184,31 +274,8 @@ def codes(t: Tensor, blocks: list[bytes]) -> bytes:
 def tile(
     data: bytes, n: int, row: int, pivot: int, levels: int, lag1: int, lag2: int, mean: int, rate: int, limit: int
 ) -> list[int]:
-    words = [int.from_bytes(data[i : i + 2].ljust(2, b"\0"), "big") for i in range(0, len(data), 2)]
-    words = [*words, 0, 0, 0][::-1]
-    low, width = words.pop() << 32 | words.pop() << 16 | words.pop(), 2**48 - 1
-
-    def read(p: int) -> int:
-        nonlocal low, width
-        bound = (width >> 16) * p
-        bit = int(low < bound)
-        if bit:
-            width = bound
-        else:
-            low, width = low - bound, width - bound
-        if width < 2**32:
-            low, width = low << 16 | (words.pop() if words else 0), width << 16
-        return bit
-
-    adaptive: dict[tuple[str, int, int], list[int]] = defaultdict(lambda: [2**22, 0])
-
-    def logit(key: tuple[str, int, int]) -> int:
-        return STRETCH[adaptive[key][0] >> 11]
-
-    def adapt(key: tuple[str, int, int], bit: int) -> None:
-        p, count = adaptive[key]
-        adaptive[key] = [p + ((bit * 2**23 - 8 * bit - p) * ADAPT[count] >> 16), min(count + 1, limit)]
-
+    coder, adaptive, dead_rows = Coder(data), Adaptive(limit), Adaptive(limit)
+    read, logit, adapt = coder.read, adaptive.logit, adaptive.adapt
     size_bits = (max(pivot, levels - 1 - pivot) - 1).bit_length()
     column, sign = [256 * mean] * row, [0] * row
     group = [256 * mean] * (row // lag2 + 1)
@@ -217,10 +284,18 @@ def tile(
     if row > 2048:
         rate = (2048 * rate + row - 1) // row
     signed: dict[int, int] = defaultdict(int)
-    out = []
-    for r in range(-(-n // row)):
+    out: list[int] = []
+    r, h = -1, 0
+    while len(out) < n:
+        m = min(row, n - len(out))
+        dead = read(prob(dead_rows.logit(h)))
+        dead_rows.adapt(h, dead)
+        h = 2 * (h & 1) + dead
+        if dead:
+            out += [pivot] * m
+            continue
+        r += 1
         first = r * row
-        m = min(row, n - first)
         x: list[list[int]] = [[], [], [], [], [], []]
         for j in range(m):
             i = first + j
@@ -259,9 +334,7 @@ def tile(
                     v3 = [activity, logit(a), logit(c)]
                     p = prob(sum(u * v for u, v in zip(v3, w[d], strict=True)) >> 16)
                     bit = read(p)
-                    e = (bit * 65536 - p) * STEP[t[d]] >> 10
-                    t[d] = min(t[d] + 1, 255)
-                    w[d] = [v + (u * e + 8192 >> 14) for u, v in zip(v3, w[d], strict=True)]
+                    learn(w[d], v3, bit, p, t, d)
                     adapt(a, bit)
                     adapt(c, bit)
                     node = 2 * node + bit

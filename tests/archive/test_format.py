@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipq import archive
-from clipq.archive import tables
+from clipq.archive import dtypes, tables
+from clipq.archive.codes import decode_codebook
+from clipq.archive.tiles import decode_scan
+from clipq.archive.wire import Cursor
 from tests import second_decoder
 from tests.vectors import make
 
@@ -62,3 +65,35 @@ def test_no_table_entry_is_near_a_rounding_boundary() -> None:
     for values in exact:
         distance = np.abs(values - np.floor(values) - 0.5)
         assert distance[np.abs(values - 2048) > 1e-9].min() > 1e-6
+
+
+def test_what_is_not_codes_takes_little_in_a_small_file() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"ip1": (300, 784), "ip2": (100, 300), "ip3": (10, 100)}
+    net = {f"{name}.weight": make.quantized(rng, shape, 7, 0.025) for name, shape in shapes.items()}
+    content = archive.encode_file(net)
+    assert 10_000 < len(content) < 20_000
+    with archive.Archive(content) as file:
+        coded = 0
+        for name, tensor in file.tensors.items():
+            start = Cursor(file._payload(tensor, 0), name)
+            decode_codebook(start, dtypes.BY_NAME[tensor.dtype][0])
+            decode_scan(start, tensor.swapped)
+            coded += start.left
+    assert len(content) - coded <= 0.015 * len(content) + 40
+
+
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=6), kept=st.integers(0, 52), seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_both_decoders_agree_on_floats(counts: list[int], kept: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for i, (n, dtype) in enumerate((n, d) for n in counts for d in ("<f2", "<f4", "<f8")):
+        bits = np.frombuffer(rng.bytes(n * np.dtype(dtype).itemsize), f"<u{dtype[-1]}")
+        low = max(0, 8 * int(dtype[-1]) - 9 - kept)
+        arrays[str(i)] = (bits >> low << low).view(dtype)
+    content = archive.encode_file(arrays)
+    second = second_decoder.decode(content)
+    with archive.Archive(content) as file:
+        for name, array in arrays.items():
+            assert file[name].tobytes() == second[name][2] == array.tobytes()

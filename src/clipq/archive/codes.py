@@ -16,6 +16,7 @@ from clipq.archive.wire import Cursor, Sink
 
 MAX_LEVELS = 256
 _CHUNK = 2**18
+_USUAL, _ESCAPE = 12, 5  # of the lengths of a codebook's distances: the first is compared to the width less 12
 
 U8 = npt.NDArray[np.uint8]
 Bits = npt.NDArray[np.unsignedinteger]
@@ -65,22 +66,34 @@ def _nearest(ascending: Bits, values: Bits) -> npt.NDArray[np.intp]:
 
 
 def encode_codebook(sink: Sink, codebook: Codebook, dtype_code: int) -> None:
-    """Write a codebook: the first value as it is, of the others the distance in order from the one before.
+    """Write a codebook: the first value as it is, of the others the distance in order from the one before; no zero.
 
-    The distances are written as bit strings: the number of bits after the first one, then these bits.
+    The distances are written as bit strings: the number of bits after the first one, by how far it is from the last
+    such number, then these bits.
     """
     itemsize = codebook.bits.dtype.itemsize
     keys = [int(key) for key in dtypes.order_key(codebook.bits, dtype_code)]
     field = _length_field(itemsize)
-    string, n = keys[0], 8 * itemsize
+    sink.byte(len(keys) - 1)
+    sink.byte(codebook.pivot)
+    string = n = 1
+    if codebook.bits[codebook.pivot] == 0:
+        del keys[codebook.pivot]
+    else:
+        string = 0
+    if keys:
+        string, n = string << 8 * itemsize | keys[0], n + 8 * itemsize
+    last = 8 * itemsize - _USUAL
     for before, key in itertools.pairwise(keys):
         distance = key - before
         length = distance.bit_length() - 1
-        string = (string << field | length) << length | (distance - (1 << length))
-        n += field + length
+        change = 2 * abs(length - last) - (length < last)
+        if change < _ESCAPE:
+            string, n, last = string << (change + 1) | 1, n + change + 1, length
+        else:
+            string, n = string << (_ESCAPE + field) | length, n + _ESCAPE + field
+        string, n = string << length | (distance - (1 << length)), n + length
     n_bytes = -(-n // 8)
-    sink.byte(len(keys) - 1)
-    sink.byte(codebook.pivot)
     sink.raw((string << (8 * n_bytes - n)).to_bytes(n_bytes, "big"))
 
 
@@ -105,12 +118,24 @@ def decode_codebook(cursor: Cursor, dtype_code: int) -> Codebook:
         value, string = string >> n, string & ((1 << n) - 1)
         return value
 
-    keys = [take(width)]
-    for _ in range(levels - 1):
-        length = take(field)
+    zero = take(1)
+    keys = [take(width)] if levels > zero else []
+    last = width - _USUAL
+    for _ in range(levels - zero - 1):
+        change = 0
+        while change < _ESCAPE and not take(1):
+            change += 1
+        if change == _ESCAPE:
+            length = take(field)
+        else:
+            length = last = last + (-(change // 2 + 1) if change % 2 else change // 2)
+        if not 0 <= length < width:
+            raise cursor.damaged("a distance in the codebook is longer than its type")
         keys.append(keys[-1] + (1 << length | take(length)))
-    if keys[-1] >> width:
-        raise cursor.damaged("a codebook's values do not fit its type")
+    if zero:
+        keys.insert(pivot, int(dtypes.order_key(np.zeros(1, f"<u{width // 8}"), dtype_code)[0]))
+    if keys[-1] >> width or any(key >= after for key, after in itertools.pairwise(keys)):
+        raise cursor.damaged("a codebook's values do not fit its type, or do not ascend")
     return Codebook(dtypes.bits_from_key(np.array(keys, f"<u{width // 8}"), dtype_code), pivot)
 
 

@@ -4,7 +4,8 @@ Source: docs/format.md, "Model". A code is coded as a zero flag, a sign, and the
 logit of each bit is a weighted sum of what several predictors say; the weights are learned as the coding goes on
 (logistic mixing). The predictors are the running activity of the column, of its group and of the row, the
 neighbours, and adaptive probabilities in contexts of them. What depends on earlier rows only is worked
-out a row at a time, so that it can be vectorised.
+out a row at a time, so that it can be vectorised. Rows of nothing but zeros take one flag, and the others are coded
+as if these were not there.
 
 Encoder and decoder are one function, made twice: they can never disagree. All arithmetic is on integers.
 """
@@ -12,17 +13,29 @@ Encoder and decoder are one function, made twice: they can never disagree. All a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from clipq.archive.tables import ADAPT, CAPPED, LOG, NEAR, RECIPROCAL, SQUASH, STEP, STRETCH
+from clipq.archive.rangecoder import (
+    EVEN,
+    I32,
+    LEAST,
+    START,
+    adapted,
+    decode_bit,
+    encode_bit,
+    finish,
+    probability,
+    shift_in,
+    shift_out,
+)
+from clipq.archive.rangecoder import as_index as _u
+from clipq.archive.tables import CAPPED, LOG, NEAR, RECIPROCAL, STEP, STRETCH
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
-I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 NEIGHBOUR_CONTEXTS, ACTIVITY_CONTEXTS = 81, 24
@@ -31,53 +44,6 @@ LEVEL_WEIGHTS = (14000, 24000, 44000)  # activity, two adaptive probabilities
 SIGN_WEIGHTS = (-690000, -545000, -63000, -800000)  # left, lag 1, above, column
 MAX_WEIGHT = 1 << 20
 OUT_OF_SPACE = -1
-
-# An index of this type spares the look at whether it is negative. To the type checker it is a plain integer.
-_u: Any = np.uint64
-_LEAST = 1 << 32
-_START = (1 << 48) - 1
-_EVEN = 1 << 30  # an adaptive probability of a half that saw no bit yet: 23 bits of probability, 8 of count
-
-
-@njit(nogil=True)
-def _adapted(slot: int, bit: int, limit: int) -> int:
-    """An adaptive probability after it saw a bit."""
-    count, p = slot & 255, slot >> 8
-    share: int = ADAPT[_u(count)]
-    p += (((bit << 23) - (bit << 3) - p) * share) >> 16
-    return p << 8 | (count + 1 if count < limit else limit)
-
-
-@njit(nogil=True)
-def _decode_bit(low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int, int]:
-    bound = (width >> 16) * p1
-    bit = 1 if low < bound else 0
-    low = low if bit else low - bound
-    width = bound if bit else width - bound
-    if width < _LEAST:
-        low = low << 16 | words[_u(position)]
-        width <<= 16
-        position += 1 if position + 1 < words.size else 0
-    return bit, low, width, position
-
-
-@njit(nogil=True)
-def _encode_bit(bit: int, low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int]:
-    bound = (width >> 16) * p1
-    low = low if bit else low + bound
-    width = bound if bit else width - bound
-    if width < _LEAST:
-        words[_u(position)] = low >> 32  # up to 17 bits: carries are settled at the end
-        low = (low & (_LEAST - 1)) << 16
-        width <<= 16
-        position += 1
-    return low, width, position
-
-
-@njit(nogil=True)
-def _probability(logit: int) -> int:
-    p: int = SQUASH[_u(2048 + (-2047 if logit < -2047 else 2047 if logit > 2047 else logit))]
-    return p
 
 
 @njit(nogil=True)
@@ -92,12 +58,10 @@ def _look_above(
 ) -> None:
     """What earlier rows tell of this one: the activity of the column, of its group, and of the elements above."""
     log_mean, half = LOG[mean], mean >> 1
-    k = c = 0
-    for j in range(m):
-        x1[j] = LOG[group[c] >> 8] - log_mean
-        k += 1
-        if k == lag2:
-            k, c = 0, c + 1
+    for first in range(0, m, lag2):
+        value = LOG[group[first // lag2] >> 8] - log_mean
+        for j in range(first, min(first + lag2, m)):
+            x1[j] = value
     above, above2 = signed[here - row - 1 : here - row + m + 1], signed[here - 2 * row : here - 2 * row + m]
     for j in range(m):
         near = 2 * abs(above[j + 1]) + abs(above2[j]) + abs(above[j]) + abs(above[j + 2])
@@ -122,13 +86,12 @@ def _remember(signed: I8, here: int, m: int, lag2: int, rows: int, column: I64, 
         column[j] += ((abs(value) << 16) - column[j]) * share >> 16
         column_sign[j] += ((value << 16) - column_sign[j]) >> 3
     share = RECIPROCAL[rows + 1]
-    total = k = c = 0
-    for j in range(m):
-        total += abs(signed[here + j])
-        k += 1
-        if k == lag2 or j == m - 1:
-            group[c] += ((total << 16) // k - group[c]) * share >> 16
-            total, k, c = 0, 0, c + 1
+    for first in range(0, m, lag2):
+        last = min(first + lag2, m)
+        total = 0
+        for j in range(first, last):
+            total += abs(signed[here + j])
+        group[first // lag2] += ((total << 16) // (last - first) - group[first // lag2]) * share >> 16
 
 
 def _build(decoding: bool) -> Callable[..., int]:
@@ -140,12 +103,14 @@ def _build(decoding: bool) -> Callable[..., int]:
     It returns the number of words used, or `OUT_OF_SPACE`.
     """
 
+    shifted = shift_in if decoding else shift_out
+
     @njit(nogil=True, cache=True)
     def code_tile(
         codes: U8, words: I32, row: int, lag1: int, lag2: int, pivot: int, levels: int, mean: int, rate: int, limit: int
     ) -> int:
         n = codes.size
-        low, width, position = 0, _START, 0
+        low, width, position = 0, START, 0
         if decoding:
             low = words[0] << 32 | words[1] << 16 | words[2]
             position = 3
@@ -164,7 +129,7 @@ def _build(decoding: bool) -> Callable[..., int]:
         x0, x1, x2 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
         x3, x4, x5 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
         known, error = np.zeros(row, np.int32), np.zeros(row, np.int32)
-        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS) << 8, _EVEN, np.int32)
+        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS << bits) + 4, EVEN, np.int32)
         steps = np.zeros(10, np.int64)
         weights = np.zeros(9 * 4, np.int64)
         for d in range(1, 9):
@@ -176,12 +141,30 @@ def _build(decoding: bool) -> Callable[..., int]:
         if row > 2048:
             rate = (rate * 2048 + row - 1) // row
 
-        for r in range((n + row - 1) // row):
-            start = r * row
-            here = pad + start
+        flags = (NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS) << bits
+        dead = seen = live = 0
+        for start in range(0, n, row):
             m = row if row < n - start else n - start
-            if not decoding and position + 7 * m + 3 > words.size:
+            if not decoding and position + 7 * m + 4 > words.size:
                 return OUT_OF_SPACE
+            seen = 2 * (seen & 1) + dead
+            s0 = slots[_u(flags + seen)]
+            p1 = probability(STRETCH[_u(s0 >> 19)])
+            if decoding:
+                dead, low, width, position = decode_bit(low, width, position, words, p1)
+            else:
+                dead = 1
+                for j in range(m):
+                    if codes[_u(start + j)] != pivot:
+                        dead = 0
+                        break
+                low, width, position = encode_bit(dead, low, width, position, words, p1)
+            slots[_u(flags + seen)] = adapted(s0, dead, limit)
+            if dead:
+                if decoding:
+                    codes[start : start + m] = pivot
+                continue
+            here = pad + live * row
             _look_above(signed, here, row, m, lag2, column, group, mean, x0, x1, x2)
             for j in range(m):
                 known[j] = (x0[j] * z0 + x1[j] * z1 + x2[j] * z2) >> 16
@@ -195,33 +178,41 @@ def _build(decoding: bool) -> Callable[..., int]:
                 activity = known[_u(j)] + (a * z3 >> 16)
                 h0 = (
                     27 * NEAR[_u(left + 8)] + 9 * NEAR[_u(left2 + 8)] + 3 * NEAR[_u(up + 8)] + NEAR[_u(left3 + 8)]
-                ) << 8
+                ) << bits
                 h1 = (activity >> 6) + 12
-                h1 = (NEIGHBOUR_CONTEXTS + (0 if h1 < 0 else 23 if h1 > 23 else h1)) << 8
+                h1 = (NEIGHBOUR_CONTEXTS + (0 if h1 < 0 else 23 if h1 > 23 else h1)) << bits
                 s0, s1 = slots[_u(h0)], slots[_u(h1)]
                 b, c = STRETCH[_u(s0 >> 19)], STRETCH[_u(s1 >> 19)]
-                p1 = _probability(activity + ((b * z4 + c * z5) >> 16))
-                code = pivot
-                if decoding:
-                    bit, low, width, position = _decode_bit(low, width, position, words, p1)
-                else:
-                    code = pivot + (codes[_u(start + j)] - pivot)
-                    bit = 1 if code != pivot else 0
-                    low, width, position = _encode_bit(bit, low, width, position, words, p1)
-                x3[_u(j)], x4[_u(j)], x5[_u(j)], error[_u(j)] = a, b, c, (bit << 16) - p1
-                slots[_u(h0)] = _adapted(s0, bit, limit)
-                slots[_u(h1)] = _adapted(s1, bit, limit)
+                p1 = probability(activity + ((b * z4 + c * z5) >> 16))
+                bound = (width >> 16) * p1
+                code = pivot if decoding else pivot + (codes[_u(start + j)] - pivot)
+                x3[_u(j)], x4[_u(j)], x5[_u(j)] = a, b, c
 
-                size = 0
-                if bit:
+                # Two branches and no shared arithmetic: the processor runs ahead on the one that it expects.
+                if low >= bound if decoding else code == pivot:
+                    low = low - bound if decoding else low + bound
+                    width -= bound
+                    if width < LEAST:
+                        low, width, position = shifted(low, width, position, words)
+                    error[_u(j)] = -p1
+                    slots[_u(h0)] = adapted(s0, 0, limit)
+                    slots[_u(h1)] = adapted(s1, 0, limit)
+                    row_activity -= row_activity * RECIPROCAL[_u(j + 8 if j < 242 else 250)] + 65535 >> 16
+                else:
+                    width = bound
+                    if width < LEAST:
+                        low, width, position = shifted(low, width, position, words)
+                    error[_u(j)] = 65536 - p1
+                    slots[_u(h0)] = adapted(s0, 1, limit)
+                    slots[_u(h1)] = adapted(s1, 1, limit)
                     y0, y1, y2 = CAPPED[_u(left + 8)], CAPPED[_u(left2 + 8)], CAPPED[_u(up + 8)]
                     y3 = column_sign[_u(j)] >> 12
-                    p1 = _probability((y0 * g0 + y1 * g1 + y2 * g2 + y3 * g3) >> 16)
+                    p1 = probability((y0 * g0 + y1 * g1 + y2 * g2 + y3 * g3) >> 16)
                     if decoding:
-                        negative, low, width, position = _decode_bit(low, width, position, words, p1)
+                        negative, low, width, position = decode_bit(low, width, position, words, p1)
                     else:
                         negative = 1 if code < pivot else 0
-                        low, width, position = _encode_bit(negative, low, width, position, words, p1)
+                        low, width, position = encode_bit(negative, low, width, position, words, p1)
                     e = ((negative << 16) - p1) * STEP[_u(steps[9])] >> 10
                     steps[9] += 1 if steps[9] < 255 else 0
                     g0 += (y0 * e + 8) >> 4
@@ -234,28 +225,28 @@ def _build(decoding: bool) -> Callable[..., int]:
                         s0, s1 = slots[_u(h0 + node)], slots[_u(h1 + node)]
                         b, c = STRETCH[_u(s0 >> 19)], STRETCH[_u(s1 >> 19)]
                         w0, w1, w2 = weights[_u(4 * d)], weights[_u(4 * d + 1)], weights[_u(4 * d + 2)]
-                        p1 = _probability((activity * w0 + b * w1 + c * w2) >> 16)
+                        p1 = probability((activity * w0 + b * w1 + c * w2) >> 16)
                         if decoding:
-                            bit, low, width, position = _decode_bit(low, width, position, words, p1)
+                            bit, low, width, position = decode_bit(low, width, position, words, p1)
                         else:
                             bit = level >> (bits - d) & 1
-                            low, width, position = _encode_bit(bit, low, width, position, words, p1)
+                            low, width, position = encode_bit(bit, low, width, position, words, p1)
                         e = ((bit << 16) - p1) * STEP[_u(steps[_u(d)])] >> 10
                         steps[_u(d)] += 1 if steps[_u(d)] < 255 else 0
                         weights[_u(4 * d)] = w0 + ((activity * e + 8192) >> 14)
                         weights[_u(4 * d + 1)] = w1 + ((b * e + 8192) >> 14)
                         weights[_u(4 * d + 2)] = w2 + ((c * e + 8192) >> 14)
-                        slots[_u(h0 + node)] = _adapted(s0, bit, limit)
-                        slots[_u(h1 + node)] = _adapted(s1, bit, limit)
+                        slots[_u(h0 + node)] = adapted(s0, bit, limit)
+                        slots[_u(h1 + node)] = adapted(s1, bit, limit)
                         node = 2 * node + bit
                     level = node - (1 << bits)
                     size = 1 + (level >> shift)
                     signed[_u(q)] = -size if negative else size
+                    row_activity += ((size << 16) - row_activity) * RECIPROCAL[_u(j + 8 if j < 242 else 250)] >> 16
                     if decoding:
                         code = pivot - 1 - level if negative else pivot + 1 + level
                 if decoding:
                     codes[_u(start + j)] = 0 if code < 0 else levels - 1 if code >= levels else code
-                row_activity += ((size << 16) - row_activity) * RECIPROCAL[_u(j + 8 if j < 242 else 250)] >> 16
 
             z0 = _learned(z0, _correlation(error, x0, m) * rate)
             z1 = _learned(z1, _correlation(error, x1, m) * rate)
@@ -263,21 +254,11 @@ def _build(decoding: bool) -> Callable[..., int]:
             z3 = _learned(z3, _correlation(error, x3, m) * rate)
             z4 = _learned(z4, _correlation(error, x4, m) * rate)
             z5 = _learned(z5, _correlation(error, x5, m) * rate)
-            _remember(signed, here, m, lag2, r if r < 60 else 60, column, column_sign, group)
+            _remember(signed, here, m, lag2, live if live < 60 else 60, column, column_sign, group)
+            live += 1
 
         if not decoding:
-            # The number in the interval with the most zeros at its end: those are not stored.
-            top = low + width - 1
-            for zeros in range(48, -1, -8):
-                if top >> zeros << zeros >= low:
-                    low = top >> zeros << zeros
-                    break
-            words[position], words[position + 1], words[position + 2] = low >> 32, low >> 16 & 65535, low & 65535
-            position += 3
-            carry = 0
-            for i in range(position - 1, -1, -1):
-                total = words[i] + carry
-                words[i], carry = total & 65535, total >> 16
+            position = finish(low, width, position, words)
         return position
 
     return code_tile

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from clipq.archive import dtypes
 from clipq.archive.codes import decode_codebook
 from clipq.archive.container import MAX_BLOCK_BYTES, PRELUDE, TensorHeader, check_layout, check_prelude, decode_header
-from clipq.archive.raw import block_step, decode_raw
+from clipq.archive.raw import block_step, decode_group, decode_raw
 from clipq.archive.sources import Source, open_source
 from clipq.archive.tiles import decode_scan, decode_tile, row_length, tiles
 from clipq.archive.wire import Cursor
@@ -231,7 +231,9 @@ class Archive(Mapping[str, Array]):
         if number not in groups:
             block = np.empty(group.nbytes, np.uint8)
             try:
-                decode_raw(self._payload(tensor, 0), block, dtypes.BY_NAME[tensor.dtype][1].itemsize, tensor.name)
+                decode_group(
+                    self._payload(tensor, 0), block, group.counts, dtypes.BY_NAME[tensor.dtype][0], tensor.name
+                )
             except DamagedFileError:
                 groups[number] = tensor.name
                 raise
@@ -258,12 +260,14 @@ class Archive(Mapping[str, Array]):
 
 @dataclass(frozen=True)
 class _Group:
-    """Small tensors in one block: its bytes once decoded, and where each of them starts."""
+    """Small tensors in one block: its bytes once decoded, elements of each tensor, and where its bytes start."""
 
     nbytes: int
+    counts: Sequence[int]
     starts: Mapping[str, int]
 
     @classmethod
     def of(cls, members: Sequence[TensorHeader]) -> _Group:
         ends = list(itertools.accumulate((m.nbytes for m in members), initial=0))
-        return cls(ends[-1], {m.name: start for m, start in zip(members, ends, strict=False)})
+        counts = [m.elements for m in members]
+        return cls(ends[-1], counts, {m.name: start for m, start in zip(members, ends, strict=False)})

@@ -20,7 +20,7 @@ from clipq.archive.wire import Cursor, Sink
 TILE_ELEMENTS = 2**20
 MAX_ROW = 2**16
 _LOOKUP = 2**14  # elements at a time: NumPy widens the indices to 64 bits
-_SAMPLE = 2**18
+_SAMPLE = 2**19
 
 U8 = npt.NDArray[np.uint8]
 Bits = npt.NDArray[np.unsignedinteger]
@@ -33,7 +33,7 @@ class Scan:
     Attributes:
         swapped: the first two dimensions change places, so that rows are inputs and not outputs.
         lag1, lag2: distances of neighbours within a row; lag2 elements share a group.
-        mean: mean activity of an element, in units of 1/256.
+        mean: mean activity of an element in rows that have any, in units of 1/256.
         rate: how fast the weights of the zero flag are learned, in units of 2**-16.
         limit: after how many bits an adaptive probability forgets.
     """
@@ -82,17 +82,17 @@ def in_scan_order(codes: U8, shape: tuple[int, ...], swapped: bool) -> U8:
 
 def choose_scan(codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: str) -> Scan:
     """Try scans on the tensor, or for "default" on its first rows, and give the one that takes least."""
-    scan = Scan(False, *_lags(shape, False)[0], _mean_activity(codebook, codes))
     if len(codebook.bits) == 1:
-        return scan
+        return Scan(False, 1, 1, 1)
     trial = TILE_ELEMENTS if effort == "max" else _SAMPLE
 
     def best(candidates: Iterable[Scan]) -> Scan:
         return min(candidates, key=lambda s: _trial_bytes(codebook, codes, shape, s, trial))
 
     scan = best(
-        replace(scan, swapped=swapped, lag1=lag1, lag2=lag2)
+        Scan(swapped, lag1, lag2, mean)
         for swapped in ((False, True) if can_swap(shape) else (False,))
+        for mean in (_mean_activity(codebook, codes, shape, swapped),)
         for lag1, lag2 in _lags(shape, swapped)
     )
     if effort == "max":
@@ -129,12 +129,19 @@ def _trial_bytes(codebook: Codebook, codes: U8, shape: tuple[int, ...], scan: Sc
     return len(_encode(codebook, part, row, scan))
 
 
-def _mean_activity(codebook: Codebook, codes: U8) -> int:
+def _mean_activity(codebook: Codebook, codes: U8, shape: tuple[int, ...], swapped: bool) -> int:
+    """Mean activity, in the model's units, of the rows that have any."""
     levels = np.abs(np.arange(len(codebook.bits)) - codebook.pivot)
     shift = max(0, int(max(levels.max() - 1, 0)).bit_length() - 3)
     activity = np.where(levels > 0, 1 + (levels - 1 >> shift), 0)
     total = int(activity @ np.bincount(codes, minlength=len(levels)))
-    return min(max(256 * total // codes.size, 1), 2048)
+    row = row_length(shape, swapped)
+    if can_swap(shape):
+        away = codes.reshape(*shape[:2], -1) != codebook.pivot
+        live = int(away.any(axis=(0, 2) if swapped else (1, 2)).sum()) * row
+    else:
+        live = codes.size
+    return min(max(256 * total // max(live, 1), 1), 2048)
 
 
 def encode_scan(sink: Sink, scan: Scan) -> None:

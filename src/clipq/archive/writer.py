@@ -25,7 +25,7 @@ from clipq.archive.container import (
     encode_header,
     group_order,
 )
-from clipq.archive.raw import block_step, encode_raw
+from clipq.archive.raw import block_step, encode_group, encode_raw
 from clipq.archive.wire import Sink
 from clipq.errors import ArchiveError
 
@@ -191,7 +191,8 @@ def _encode_codes(
 
 
 def _encode_group(arrays: Sequence[Array], effort: Effort) -> bytes:
-    return encode_raw(np.concatenate([_bytes(array) for array in arrays]), arrays[0].itemsize, effort)
+    data = np.concatenate([_bytes(array) for array in arrays])
+    return encode_group(data, [array.size for array in arrays], dtypes.code_of(arrays[0], "the array"), effort)
 
 
 def _groups(arrays: Mapping[str, Array]) -> list[list[str]]:
