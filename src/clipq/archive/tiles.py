@@ -101,9 +101,9 @@ def choose_scan(codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: s
     return scan
 
 
-def adapted(scan: Scan, codebook: Codebook, codes: U8) -> Scan:
+def adapted(scan: Scan, codebook: Codebook, codes: U8, shape: tuple[int, ...]) -> Scan:
     """The scan of a tensor much like this one, with what is this one's own."""
-    return replace(scan, mean=_mean_activity(codebook, codes))
+    return replace(scan, mean=_mean_activity(codebook, codes, shape, scan.swapped))
 
 
 def _lags(shape: tuple[int, ...], swapped: bool) -> list[tuple[int, int]]:
