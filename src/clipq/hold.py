@@ -38,7 +38,7 @@ class SizeHolder:
     """Keeps the plan of an attachment such that the model's file has a wanted size.
 
     Args:
-        model: the network that is attached, or its tensors by name, looked up anew each time.
+        model: the network that is attached.
         attachment: its plan is replaced.
         bytes: the most that the file may have.
 
@@ -49,7 +49,7 @@ class SizeHolder:
         >>> holder.finish()
     """
 
-    def __init__(self, model: nn.Module | Mapping[str, Tensor], attachment: Attachment, bytes: int) -> None:
+    def __init__(self, model: nn.Module, attachment: Attachment, bytes: int) -> None:
         self._model = model
         self._attachment = attachment
         self.bytes = bytes

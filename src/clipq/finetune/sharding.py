@@ -5,7 +5,6 @@ Networks and states without split tensors go through unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,10 +25,6 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return network
 
 
-def is_sharded(network: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in network.parameters())
-
-
 def gathered(state: Any) -> Any:
     """A state with every split tensor whole; all processes must ask at once."""
     return tree_map(lambda value: value.full_tensor() if isinstance(value, DTensor) else value, state)
@@ -46,20 +41,3 @@ def scattered(state: Any, like: Tensor) -> Any:
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
     return tree_map(split, state)
-
-
-class WholeState(Mapping[str, Tensor]):
-    """The tensors of a network in training, each gathered when it is asked for."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-
-    def __getitem__(self, name: str) -> Tensor:
-        whole: Tensor = gathered(self._network.state_dict()[name])
-        return whole
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._network.state_dict())
-
-    def __len__(self) -> int:
-        return len(self._network.state_dict())

@@ -18,7 +18,7 @@ from clipq.finetune.checkpoint import random_states, set_random_states
 from clipq.finetune.losses import Objective
 from clipq.finetune.optimization import make_optimizer, make_schedule
 from clipq.finetune.processes import Processes
-from clipq.finetune.sharding import WholeState, gathered, is_sharded, scattered
+from clipq.finetune.sharding import gathered, scattered
 from clipq.finetune.step import gradients, scaler_of, update
 from clipq.hold import SizeHolder
 from clipq.operator import Quantizer, QuantizerEntry
@@ -75,8 +75,7 @@ class Training:
         self._average = None if recipe.ema is None else WeightAverage(self.trained, recipe.ema, self.attachment)
         self._holder = None
         if self.attachment is not None and hold_bytes is not None:
-            whole = WholeState(self.trained) if is_sharded(self.trained) else self.trained
-            self._holder = SizeHolder(whole, self.attachment, hold_bytes)
+            self._holder = SizeHolder(self.trained, self.attachment, hold_bytes)
         self._settled = math.ceil(SETTLED * steps)
         self._every = max(self._settled // ADJUSTMENTS, 1)
         if state is not None:
