@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from clipq.errors import RecipeError
 from clipq.finetune.devices import make_fabric
 from clipq.finetune.processes import Processes, process_environment
+from clipq.finetune.rendezvous import agree_on_name
 from clipq.recipe import Recipe
 from tests.workers.engine import main
 
@@ -44,6 +47,16 @@ def test_two_processes_end_where_one_does(strategy: str, planned: bool, tmp_path
         torch.testing.assert_close(two["state"][name], tensor, rtol=1e-3, atol=1e-4)
     assert two["records"][0]["validation_accuracy"] == one["records"][0]["validation_accuracy"]
     assert two["records"][0]["validation_loss"] == pytest.approx(one["records"][0]["validation_loss"], rel=1e-4)
+
+
+def test_processes_agree_on_a_name_whatever_dead_ones_left_in_the_store() -> None:
+    store = dist.HashStore()
+    names: list[list[str]] = []
+    for _ in range(2):  # the second time, the store has all of the first
+        with ThreadPoolExecutor(4) as pool:
+            names.append(list(pool.map(lambda rank: agree_on_name(store, rank, 4), range(4))))
+    assert [len(set(found)) for found in names] == [1, 1]
+    assert names[0][0] != names[1][0]
 
 
 def test_samples_that_cannot_be_shared_are_refused() -> None:

@@ -54,7 +54,7 @@ def compress(
         made = recipe_of(recipe, fields)
         folder = out or Path("runs") / (made.model.rpartition(":")[2] if recipe is None else recipe.stem)
     first = os.environ.get("RANK", "0") == "0"
-    with Progress(quiet=json or not first) as progress:
+    with Progress(quiet=json) as progress:
         report = run(made, folder, progress, progress, force=force, resume=resume is not None)
     if json and first:
         print_json(report.to_dict())

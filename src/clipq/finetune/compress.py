@@ -27,7 +27,7 @@ from clipq.finetune.recorder import Recorder
 from clipq.finetune.run import RunFolder
 from clipq.finetune.score import Score, score
 from clipq.finetune.search import search_recipe, target_of, validation_error
-from clipq.finetune.watch import Watcher
+from clipq.finetune.watch import Silent, Watcher
 from clipq.plan import Plan
 from clipq.recipe import Recipe
 from clipq.report.run import Aim, ExactRest, RunReport, to_markdown
@@ -73,7 +73,7 @@ def compress(
     plan = None if target is not None else make_plan(network, recipe)
     run = RunFolder(out)
     resume = resume or processes.by_first(lambda: restarted() and run.recipe.exists())
-    recorder = Recorder(run, watcher)
+    recorder = Recorder(run, watcher if processes.first else Silent())
     checkpoints = Checkpoints(recipe.checkpoints or str(run.checkpoints), recipe.keep_checkpoints, recorder.note)
     processes.by_first(lambda: _open(run, recipe, plan, checkpoints, force, resume, go_on=target is not None))
     state = _last_state(processes, checkpoints, recorder) if resume else None
@@ -153,10 +153,10 @@ def _last_state(processes: Processes, checkpoints: Checkpoints, recorder: Record
         return None
     state = unpack(content)
     recorder.note(f"going on from {checkpoints.last}")
-    if state["processes"] != processes.count:
+    if len(state["positions"]) != processes.count:
         recorder.note(
-            f"the run had {state['processes']} processes and goes on with {processes.count}: it will not end in the "
-            f"very bits of a run without a break"
+            f"the run had {len(state['positions'])} processes and goes on with {processes.count}: it will not "
+            f"end in the very bits of a run without a break"
         )
     return state
 

@@ -13,6 +13,7 @@ from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning_fabric.strategies.single_device import SingleDeviceStrategy
 
 from clipq.errors import RecipeError
+from clipq.finetune.rendezvous import join
 from clipq.finetune.sharding import shard
 from clipq.recipe import Recipe
 
@@ -40,6 +41,7 @@ def make_fabric(recipe: Recipe) -> lightning_fabric.Fabric:
             strategy=_strategy(recipe, processes, alone.device.type),
             **_precision(recipe, alone.device.type),
         )
+        join(fabric.device)
         fabric.launch()
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"device {recipe.device!r} cannot be used here: {error}") from None

@@ -40,7 +40,7 @@ class Position:
         epoch: whole epochs behind, their evaluation included.
         batch: minibatches of the epoch behind.
         step: optimizer steps behind.
-        loss: summed over the epoch's steps; ``counted`` are those whose loss was a number.
+        loss: of this process, summed over the epoch's steps; ``counted`` are those whose loss was a number.
         skipped: steps skipped in a row by the loss scaler.
         seconds: in training.
     """
@@ -121,7 +121,10 @@ def fit(
         hold_bytes=hold_bytes,
         state=state,
     )
-    at = Position() if state is None else Position(**state["position"])
+    at = Position()
+    if state is not None:
+        positions = state["positions"]
+        at = Position(**positions[processes.rank % len(positions)])
     phase = "float" if plan is None else "compress"
     watcher.phase(phase, training.steps, at.step)
     saver = _Saver(training, recipe, checkpoints, phase, at)
@@ -185,8 +188,7 @@ class _Saver:
             return
         state = {
             "recipe": self._recipe.model_dump(mode="json"),
-            "position": asdict(self._at),
-            "processes": self._training.processes.count,
+            "positions": self._training.processes.gather(asdict(self._at)),
             **self._training.state(),
         }
         checkpoints, step = self._checkpoints, self._at.step

@@ -30,7 +30,7 @@ class Recorder:
         self._writes = True
         self._watchers += loggers
         if state is not None:
-            behind = PHASES.index(state["phase"]), state["position"]["epoch"]
+            behind = PHASES.index(state["phase"]), state["positions"][0]["epoch"]
             self.records = [r for r in self._run.load_metrics() if (PHASES.index(r.phase), r.epoch) <= behind]
 
     def keep_file(self, network: nn.Module, plan: Plan | None) -> int | None:
