@@ -26,13 +26,11 @@ class Keeping(Silent):
 
 
 def main(path: str, fields: str) -> None:
-    given = json.loads(fields)
-    planned = given.pop("planned")
-    recipe = Recipe.make({"model": "clipq.demo:network", "data": "digits", "float_epochs": 1} | given)
+    recipe = Recipe.make({"model": "clipq.demo:network", "data": "digits", "float_epochs": 1} | json.loads(fields))
     fabric = make_fabric(recipe)
     torch.manual_seed(0)
     network = make_network()
-    plan = Plan.uniform(network, pruning_rate=0.6, bits=3) if planned else None
+    plan = Plan.uniform(network, pruning_rate=0.6, bits=3)
     watcher = Keeping()
     fit(fabric, network, load_data("digits"), recipe, plan, epochs=1, learning_rate=0.05, watcher=watcher)
     if fabric.global_rank == 0:
