@@ -174,7 +174,7 @@ def _encode_codes(
     if scan is None:
         scan = tiles.choose_scan(codebook, codes, array.shape, effort)
     else:
-        scan = tiles.adapted(scan, codebook, codes)
+        scan = tiles.adapted(scan, codebook, codes, array.shape)
     ordered = tiles.in_scan_order(codes, array.shape, scan.swapped)
     start = Sink()
     encode_codebook(start, codebook, dtype_code)
