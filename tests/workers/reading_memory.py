@@ -21,7 +21,7 @@ def warm_up() -> None:
     """What takes memory once in a process: imports, compiled code, threads."""
     rng = np.random.default_rng(0)
     few, raw = rng.integers(0, 8, (64, 64)).astype(np.float32), rng.normal(size=2**19)
-    with archive.Archive(archive.encode_file({"few": few, "raw": raw})) as file:
+    with archive.Archive(archive.encode_file({"few": few, "raw": raw, "small": rng.normal(size=9)})) as file:
         file.read(threads=8)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -83,11 +84,15 @@ def in_scan_order(codes: U8, shape: tuple[int, ...], swapped: bool) -> U8:
 def choose_scan(codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: str) -> Scan:
     """Try scans on the tensor, or for "default" on its first rows, and give the one that takes least."""
     if len(codebook.bits) == 1:
-        return Scan(False, 1, 1, 1)
+        return Scan(False, *_lags(shape, False)[0], 1)
     trial = TILE_ELEMENTS if effort == "max" else _SAMPLE
 
+    @cache
+    def size(scan: Scan) -> int:
+        return _trial_bytes(codebook, codes, shape, scan, trial)
+
     def best(candidates: Iterable[Scan]) -> Scan:
-        return min(candidates, key=lambda s: _trial_bytes(codebook, codes, shape, s, trial))
+        return min(candidates, key=size)
 
     scan = best(
         Scan(swapped, lag1, lag2, mean)
@@ -95,8 +100,8 @@ def choose_scan(codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: s
         for mean in (_mean_activity(codebook, codes, shape, swapped),)
         for lag1, lag2 in _lags(shape, swapped)
     )
+    scan = best(replace(scan, rate=rate) for rate in ((100, 30) if effort == "default" else (100, 0, 30, 60, 160, 250)))
     if effort == "max":
-        scan = best(replace(scan, rate=rate) for rate in (100, 0, 30, 60, 160, 250))
         scan = best(replace(scan, limit=limit) for limit in (250, 30, 60, 120))
     return scan
 
