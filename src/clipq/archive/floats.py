@@ -31,7 +31,7 @@ def _build(decoding: bool) -> Callable[[U16, I64, I32], int]:
     number of words used.
     """
 
-    @njit("int64(uint16[::1], int64[::1], int32[::1])", nogil=True, cache=True)
+    @njit(nogil=True, cache=True)
     def code_floats(tops: U16, counts: I64, words: I32) -> int:
         low, width, position = 0, START, 0
         if decoding:

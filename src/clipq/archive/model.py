@@ -103,8 +103,6 @@ def _build(decoding: bool) -> Callable[..., int]:
     It returns the number of words used, or `OUT_OF_SPACE`.
     """
 
-    shifted = shift_in if decoding else shift_out
-
     @njit(nogil=True, cache=True)
     def code_tile(
         codes: U8, words: I32, row: int, lag1: int, lag2: int, pivot: int, levels: int, mean: int, rate: int, limit: int
@@ -193,7 +191,10 @@ def _build(decoding: bool) -> Callable[..., int]:
                     low = low - bound if decoding else low + bound
                     width -= bound
                     if width < LEAST:
-                        low, width, position = shifted(low, width, position, words)
+                        if decoding:
+                            low, width, position = shift_in(low, width, position, words)
+                        else:
+                            low, width, position = shift_out(low, width, position, words)
                     error[_u(j)] = -p1
                     slots[_u(h0)] = adapted(s0, 0, limit)
                     slots[_u(h1)] = adapted(s1, 0, limit)
@@ -201,7 +202,10 @@ def _build(decoding: bool) -> Callable[..., int]:
                 else:
                     width = bound
                     if width < LEAST:
-                        low, width, position = shifted(low, width, position, words)
+                        if decoding:
+                            low, width, position = shift_in(low, width, position, words)
+                        else:
+                            low, width, position = shift_out(low, width, position, words)
                     error[_u(j)] = 65536 - p1
                     slots[_u(h0)] = adapted(s0, 1, limit)
                     slots[_u(h1)] = adapted(s1, 1, limit)
