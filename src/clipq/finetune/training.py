@@ -12,7 +12,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from clipq.attach import STATE_KEY, attach
+from clipq.attach import attach
+from clipq.attached import STATE_KEY
 from clipq.finetune.average import WeightAverage, reestimate_batch_norm
 from clipq.finetune.checkpoint import random_states, set_random_states
 from clipq.finetune.losses import Objective
