@@ -13,6 +13,34 @@ from torch import Tensor, nn
 import clipq
 from tests.zoo import build, train_step
 
+
+class Decaying(torch.optim.SGD):
+    """Calls the step of its base class, whose hooks torch then calls as well, and goes on with the weights."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(0.99)
+        return result
+
+
+class Reassigning(torch.optim.Optimizer):
+    """Gives its parameters new memory at every step."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> Any:
+        result = closure() if closure else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data = parameter.data - 0.05 * parameter.grad
+        return result
+
+
 OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -25,6 +53,8 @@ OPTIMIZERS: dict[str, Any] = {
     "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "SGD, derived from": lambda p: Decaying(p, lr=0.05),
+    "new memory": lambda p: Reassigning(p),
 }
 KIND = "conv, transposed conv, tied linear"
 
@@ -465,3 +495,85 @@ def test_in_parallel_beats_two_stage_at_the_same_plan_and_the_same_number_of_ste
 
     wins = sum(trained(False, seed) < trained(True, seed) for seed in range(5))
     assert wins >= 4
+
+
+def in_one_buffer(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    buffer = torch.cat([p.detach().flatten() for p in parameters])
+    for parameter, piece in zip(parameters, buffer.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = piece.view_as(parameter)
+
+
+def shared_between_processes(model: nn.Module) -> None:
+    model.share_memory()
+
+
+@pytest.mark.parametrize("prepare", [in_one_buffer, shared_between_processes])
+def test_where_others_know_a_parameter_by_its_memory_the_optimizer_finds_full_precision_weights_there(
+    prepare: Any,
+) -> None:
+    model, x = build(KIND)
+    prepare(model)
+    aliases = [p.detach() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    attachment = clipq.attach(model, optimizer, plan_of(model))
+    plan = list(attachment.full_precision.items())
+    seen: list[bool] = []
+
+    def look(*_: Any) -> None:
+        names = {name: alias for (name, _), alias in zip(model.named_parameters(), aliases, strict=True)}
+        seen.append(all(torch.equal(names[name], full) for name, full in plan))
+
+    optimizer.register_step_pre_hook(look)
+    train_step(model, optimizer, x)
+    assert seen == [True]
+    assert all(torch.equal(alias, p) for alias, p in zip(aliases, model.parameters(), strict=True))
+
+
+def test_between_steps_a_parameter_stays_where_it_is_in_memory() -> None:
+    model, x = build(KIND)
+    aliases = [p.detach() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    attachment = clipq.attach(model, optimizer, plan_of(model))
+    for _ in range(2):
+        train_step(model, optimizer, x)
+        for alias, parameter in zip(aliases, model.parameters(), strict=True):
+            assert alias.data_ptr() == parameter.data_ptr()
+            assert torch.equal(alias, parameter)
+    attachment.detach()
+    assert all(a.data_ptr() == p.data_ptr() for a, p in zip(aliases, model.parameters(), strict=True))
+
+
+class Failing(torch.optim.SGD):
+    """Does its step, and raises at the end of the second one."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.steps += 1
+        if self.steps == 2:
+            raise RuntimeError("lost the device")
+
+
+@pytest.mark.parametrize("what", ["step", "replan", "detach"])
+def test_after_an_optimizer_that_raised_what_it_made_of_the_weights_counts(what: str) -> None:
+    model, x = build(KIND)
+    twin, _ = build(KIND)
+    optimizer, twin_optimizer = Failing(model.parameters(), lr=0.05), torch.optim.SGD(twin.parameters(), lr=0.05)
+    attachments = [clipq.attach(model, optimizer, plan_of(model)), clipq.attach(twin, twin_optimizer, plan_of(twin))]
+    for step in range(2):
+        if step == 1:
+            with pytest.raises(RuntimeError, match="lost the device"):
+                train_step(model, optimizer, x)
+        else:
+            train_step(model, optimizer, x)
+        train_step(twin, twin_optimizer, x)
+    for each, net, its in ((attachments[0], model, optimizer), (attachments[1], twin, twin_optimizer)):
+        if what == "step":
+            its.step()
+        elif what == "replan":
+            each.replan(clipq.Plan.uniform(net, pruning_rate=0.25, bits=3))
+        else:
+            each.detach()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -41,9 +41,11 @@ def attach(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], plan: P
 
     Raises:
         PlanError: the plan does not fit the model, or is another one than in another process that shares it.
-        AttachError: a planned parameter is in no optimizer, in two, or attached already.
+        AttachError: the model is no module; a planned parameter is in no optimizer, in two, or attached already.
         WeightError: a planned parameter has NaN or Inf, or a dtype or placement that cannot be quantized.
     """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"model is {model!r}; give the network, a torch.nn.Module")
     network = _unwrap(model)
     reshard(network)
     check_same_plan(network, plan)

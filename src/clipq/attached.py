@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class Entry:
         self.tensor = tensor
         self.full: Tensor | None = None
         self.version: tuple[int, ...] = ()
+        self._aside: Tensor | None = None
 
     def quantize_once(self) -> None:
         self.full = self.parameter.detach().clone()
@@ -40,6 +43,28 @@ class Entry:
     def restore(self) -> None:
         if self.full is not None:
             self.parameter.detach().copy_(self.full)
+
+    def show(self) -> bool:
+        """Give the parameter the memory of the full-precision weights, without a copy; False if that cannot be done.
+
+        It cannot where others know the parameter by its memory: other processes, or a buffer that it is a piece of.
+        """
+        parameter, full = self.parameter, full_of(self)
+        if not _has_its_own_memory(parameter) or parameter.stride() != full.stride():
+            return False
+        self._aside = parameter.data
+        parameter.data = full
+        return True
+
+    def take(self) -> bool:
+        """Undo `show`; False if the full-precision weights were copied instead."""
+        if self._aside is None:
+            return False
+        parameter, full = self.parameter, full_of(self)
+        if parameter.data_ptr() != full.data_ptr():  # an optimizer that gives its parameters new memory
+            full.copy_(parameter)
+        parameter.data, self._aside = self._aside, None
+        return True
 
     def follow_the_user(self, quantizer: Quantizer, place: int) -> None:
         """Take over what the user did to the parameter since the last step: moved it, or wrote new weights.
@@ -84,11 +109,13 @@ class AttachedOptimizer:
         for entry in entries:
             entry.full = entry.parameter.detach().clone()
         self._handles: list[RemovableHandle] = []
+        self._is_shown = False  # the parameters hold full-precision weights
+        self._step: FrameType | None = None  # the call of the step that is under way, or that raised
         try:
             self._quantize()
             self.check()
         except BaseException:
-            self._show_full_precision()
+            self._restore()
             raise
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -103,15 +130,20 @@ class AttachedOptimizer:
         return self._optimizer()
 
     def detach(self, *, keep_quantized: bool) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if not keep_quantized:
-            self._show_full_precision()
-        for entry in self.entries:
-            entry.full = None
+        try:
+            if keep_quantized:
+                self._end_step()
+            else:
+                self._restore()
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            for entry in self.entries:
+                entry.full = None
 
     def replan(self, plan: Plan) -> None:
+        self._end_step()
         self._follow_the_user()
         self.check()
         for entry in self.entries:
@@ -131,12 +163,20 @@ class AttachedOptimizer:
             entry.version = _version(entry.parameter)
 
     @torch.no_grad()
-    def _show_full_precision(self) -> None:
+    def _restore(self) -> None:
         _copy_all([full_of(e) for e in self.entries], [e.parameter for e in self.entries])
 
     @torch.no_grad()
+    def _show_full_precision(self) -> None:
+        rest = [entry for entry in self.entries if not entry.show()]
+        _copy_all([full_of(e) for e in rest], [e.parameter for e in rest])
+        self._is_shown = True
+
+    @torch.no_grad()
     def _take_full_precision(self) -> None:
-        _copy_all([e.parameter for e in self.entries], [full_of(e) for e in self.entries])
+        self._is_shown = False
+        rest = [entry for entry in self.entries if not entry.take()]
+        _copy_all([e.parameter for e in rest], [full_of(e) for e in rest])
 
     @torch.no_grad()
     def _follow_the_user(self) -> None:
@@ -153,8 +193,13 @@ class AttachedOptimizer:
                     f"{entry.name}: is no longer in the {type(optimizer).__name__} that it was attached to; detach "
                     f"before changing an optimizer's parameters, and attach again"
                 )
+        here = sys._getframe(1)
+        if self._step is not None and self._step in _callers(here):
+            return None  # an optimizer whose step calls that of its base class
+        self._end_step()
         self._follow_the_user()
         self._show_full_precision()
+        self._step = here
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if callable(closure):
             rest = {name: value for name, value in kwargs.items() if name != "closure"}
@@ -162,8 +207,15 @@ class AttachedOptimizer:
         return None
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._take_full_precision()
-        self._quantize()
+        if self._step is sys._getframe(1):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """Quantize what a step made of the weights, also one that raised."""
+        self._step = None
+        if self._is_shown:
+            self._take_full_precision()
+            self._quantize()
 
     def _at_quantized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, run on the quantized form of whatever weights the optimizer has got to."""
@@ -190,6 +242,7 @@ class AttachedOptimizer:
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """The full-precision weights of a state that `check_state` found to fit."""
+        self._end_step()
         for entry in self.kept:
             full_of(entry).copy_(state["weights"][entry.name])
         for entry in self.frozen:
@@ -244,6 +297,21 @@ def _copy_all(sources: list[Tensor], targets: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_([local_of(t) for t in targets], [local_of(t) for t in sources])
         mark_written(targets)
+
+
+def _has_its_own_memory(parameter: Tensor) -> bool:
+    """Whether nothing else can know the parameter by its memory, but for aliases that are looked at between steps."""
+    if type(parameter.data) is not Tensor:
+        return False
+    storage = parameter.untyped_storage()
+    is_shared = storage.device.type == "cpu" and storage.is_shared()
+    return storage.nbytes() == parameter.numel() * parameter.itemsize and not is_shared
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _version(parameter: Tensor) -> tuple[int, ...]:

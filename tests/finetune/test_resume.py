@@ -235,9 +235,8 @@ def test_a_new_run_takes_no_place_that_has_checkpoints(tmp_path: Path) -> None:
     assert kept.latest() is None
 
 
-def test_a_loss_that_is_no_number_names_the_minibatch(digits: Data, tmp_path: Path) -> None:
-    recipe = Recipe.make(RECIPE | {"checkpoint_steps": 1})
-    network = Net()
+def poisoned(network: Net) -> Net:
+    """Its third output in training is NaN."""
     seen = 0
 
     def poison(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -246,6 +245,12 @@ def test_a_loss_that_is_no_number_names_the_minibatch(digits: Data, tmp_path: Pa
         return output * float("nan") if seen == 3 and module.training else output
 
     network.head.register_forward_hook(poison)
+    return network
+
+
+def test_a_loss_that_is_no_number_names_the_minibatch(digits: Data, tmp_path: Path) -> None:
+    recipe = Recipe.make(RECIPE | {"checkpoint_steps": 1})
+    network = poisoned(Net())
     with pytest.raises(TrainingError) as stopped:
         fit(
             make_fabric(recipe),
@@ -265,15 +270,7 @@ def test_a_loss_that_is_no_number_names_the_minibatch(digits: Data, tmp_path: Pa
 
 def test_a_loss_scaler_skips_steps_without_numbers_and_goes_on(digits: Data) -> None:
     recipe = Recipe.make(RECIPE | {"precision": "fp16"})
-    network = Net()
-    seen = 0
-
-    def poison(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        nonlocal seen
-        seen += module.training
-        return output * float("nan") if seen == 3 and module.training else output
-
-    network.head.register_forward_hook(poison)
+    network = poisoned(Net())
     watcher = Dying()
     fit(make_fabric(recipe), network, digits, recipe, None, epochs=1, learning_rate=0.01, watcher=watcher)
     assert all(p.isfinite().all() for p in network.parameters())

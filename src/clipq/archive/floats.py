@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from clipq.archive.rangecoder import EVEN, I32, START, adapted, decode_bit, encode_bit, finish, probability
 from clipq.archive.rangecoder import as_index as _u
 from clipq.archive.tables import STEP, STRETCH
+from clipq.jit import compiled
 
 U16 = npt.NDArray[np.uint16]
 I64 = npt.NDArray[np.int64]
@@ -31,7 +31,7 @@ def _build(decoding: bool) -> Callable[[U16, I64, I32], int]:
     number of words used.
     """
 
-    @njit(nogil=True, cache=True)
+    @compiled
     def code_floats(tops: U16, counts: I64, words: I32) -> int:
         low, width, position = 0, START, 0
         if decoding:

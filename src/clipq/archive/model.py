@@ -33,6 +33,7 @@ from clipq.archive.rangecoder import (
 )
 from clipq.archive.rangecoder import as_index as _u
 from clipq.archive.tables import CAPPED, LOG, NEAR, RECIPROCAL, STEP, STRETCH
+from clipq.jit import compiled
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
@@ -103,7 +104,7 @@ def _build(decoding: bool) -> Callable[..., int]:
     It returns the number of words used, or `OUT_OF_SPACE`.
     """
 
-    @njit(nogil=True, cache=True)
+    @compiled
     def code_tile(
         codes: U8, words: I32, row: int, lag1: int, lag2: int, pivot: int, levels: int, mean: int, rate: int, limit: int
     ) -> int:

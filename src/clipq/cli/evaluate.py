@@ -23,29 +23,15 @@ def evaluate(
 
     On the test set, or on the validation set where the data has no test set.
     """
-    from clipq.data import load_data
     from clipq.finetune.compress import evaluate as measure
-    from clipq.finetune.compress import number_of_outputs
-    from clipq.finetune.devices import make_fabric
-    from clipq.finetune.network import find_weights, load_weights, make_network
+    from clipq.finetune.compress import prepare
 
     given = {"weights": weights, "data_root": data_root}
     made = Recipe.load(recipe, {name: str(value) for name, value in given.items() if value is not None})
-    network = make_network(made)
     if made.weights is None:
         raise typer.BadParameter("the recipe names no weights; give --weights FILE")
-    load_weights(network, find_weights(made))
-    data = load_data(
-        made.data,
-        made.data_root,
-        made.seed,
-        validation_fraction=made.validation_fraction,
-        workers=made.workers,
-    )
-    device = make_fabric(made).device
-    network = network.to(device)
-    data = data.for_outputs(number_of_outputs(network, data, made, device))
-    result = measure(network, data, made, device)
+    fabric, network, data = prepare(made)
+    result = measure(network, data, made, fabric.device)
     part = "validation" if data.test is None else "test"
     if json:
         values = {"part": part, "correct": result.correct, "count": result.count, "loss": result.loss}

@@ -6,9 +6,9 @@ many times larger: the same samples, in the same order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,10 +39,39 @@ class Batches(Iterator[Batch]):
         return batch
 
 
-class Samples(Protocol):
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over samples, as one rank makes it.
+
+    Attributes:
+        groups: the samples of each of the rank's minibatches, int64 indices of shape (B,).
+        start: the first minibatch to make.
+    """
+
+    groups: list[Tensor]
+    seed: int
+    epoch: int
+    start: int
+    augment: bool
+    rank: int
+    world_size: int
+
+
+class Samples(ABC):
     """One part of a data set, such as its training samples, ready to be trained or evaluated on."""
 
+    name: str
+
+    @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def make(self, epoch: Epoch) -> Iterator[Batch]:
+        """The minibatches from ``epoch.start`` on.
+
+        Raises:
+            DataError: a sample cannot be used.
+        """
 
     def batches(
         self,
@@ -75,11 +104,16 @@ class Samples(Protocol):
         Raises:
             DataError: an argument is out of range, no batch is left, or a sample cannot be used.
         """
-        ...
+        groups = batch_indices(
+            self.name, len(self), batch_size, seed, epoch, shuffle, drop_last, start, rank, world_size
+        )
+        made = self.make(Epoch(groups, seed, epoch, start, augment, rank, world_size))
+        pairs = ((as_channels_last(inputs, channels_last), targets) for inputs, targets in made)
+        return Batches(pairs, len(groups), start)
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSamples:
+class ImageSamples(Samples):
     """Samples cut out of tensors: float32 inputs (B, channels, height, width) and int64 targets (B,)."""
 
     name: str
@@ -90,36 +124,15 @@ class ImageSamples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        shuffle: bool = False,
-        augment: bool = False,
-        drop_last: bool = False,
-        start: int = 0,
-        channels_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Batches:
-        """The minibatches of one epoch; see `Samples.batches`. Augmentation, too, resumes exactly at ``start``."""
-        groups = batch_indices(
-            self.name, len(self), batch_size, seed, epoch, shuffle, drop_last, start, rank, world_size
-        )
-        augmentation = self.augmentation if augment else None
-
-        def pairs() -> Iterator[Batch]:
-            for position in range(start, len(groups)):
-                pixels = self.images.inputs[groups[position]]
-                if augmentation:
-                    # A generator of its own for each batch: to resume, nothing need be drawn again.
-                    generator = seeded_generator("augmentation", seed, epoch, position)
-                    pixels = augmentation(pixels, generator, rank, world_size)
-                yield as_channels_last(self.normalisation(pixels), channels_last), self.images.targets[groups[position]]
-
-        return Batches(pairs(), len(groups), start)
+    def make(self, epoch: Epoch) -> Iterator[Batch]:
+        """See `Samples.make`. Augmentation, too, resumes exactly at ``epoch.start``."""
+        for position, group in enumerate(epoch.groups[epoch.start :], epoch.start):
+            pixels = self.images.inputs[group]
+            if self.augmentation and epoch.augment:
+                # A generator of its own for each batch: to resume, nothing need be drawn again.
+                generator = seeded_generator("augmentation", epoch.seed, epoch.epoch, position)
+                pixels = self.augmentation(pixels, generator, epoch.rank, epoch.world_size)
+            yield self.normalisation(pixels), self.images.targets[group]
 
 
 def batch_indices(

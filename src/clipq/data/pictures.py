@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipq.data.batches import Batch, Batches, as_channels_last, batch_indices
+from clipq.data.batches import Batch, Epoch, Samples
 from clipq.data.preprocessing import Preprocessing
 from clipq.data.seeding import seeded_generator
 from clipq.data.stored import StoredImages
@@ -22,7 +22,7 @@ _Made = list[tuple[Tensor, int] | tuple[str, str]]
 
 
 @dataclass(frozen=True, eq=False)
-class PictureSamples:
+class PictureSamples(Samples):
     """Pictures as float32 inputs (B, 3, height, width) and int64 targets (B,).
 
     The augmentation of a picture depends on seed, epoch and its place in the set alone: batch size, workers and ranks
@@ -45,41 +45,21 @@ class PictureSamples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        shuffle: bool = False,
-        augment: bool = False,
-        drop_last: bool = False,
-        start: int = 0,
-        channels_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Batches:
-        """The minibatches of one epoch; see `Samples.batches`. Those with unusable pictures are smaller."""
-        groups = batch_indices(
-            self.name, len(self), batch_size, seed, epoch, shuffle, drop_last, start, rank, world_size
-        )
+    def make(self, epoch: Epoch) -> Iterator[Batch]:
+        """See `Samples.make`. Minibatches with unusable pictures are smaller."""
         loader: DataLoader[Any] = DataLoader(
-            _Epoch(self.images, self.preprocessing, (seed, epoch) if augment else None),
-            batch_sampler=[group.tolist() for group in groups[start:]],
+            _Pictures(self.images, self.preprocessing, (epoch.seed, epoch.epoch) if epoch.augment else None),
+            batch_sampler=[group.tolist() for group in epoch.groups[epoch.start :]],
             num_workers=self.workers,
             collate_fn=self._collate,
-            generator=seeded_generator("workers", seed, epoch),
+            generator=seeded_generator("workers", epoch.seed, epoch.epoch),
             pin_memory=torch.cuda.is_available(),
         )
-
-        def pairs() -> Iterator[Batch]:
-            for position, (inputs, targets, failures) in enumerate(loader, start):
-                self._count(failures)
-                if not len(targets):
-                    raise DataError(f"{self.name}: no picture of batch {position} can be used: {_listed(failures)}")
-                yield as_channels_last(inputs, channels_last), targets
-
-        return Batches(pairs(), len(groups), start)
+        for position, (inputs, targets, failures) in enumerate(loader, epoch.start):
+            self._count(failures)
+            if not len(targets):
+                raise DataError(f"{self.name}: no picture of batch {position} can be used: {_listed(failures)}")
+            yield inputs, targets
 
     def _collate(self, made: _Made) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         good = [(pixels, label) for pixels, label in made if isinstance(pixels, Tensor)]
@@ -102,7 +82,7 @@ class PictureSamples:
 
 
 @dataclass(frozen=True, eq=False)
-class _Epoch(Dataset[Any]):
+class _Pictures(Dataset[Any]):
     """What a worker process does."""
 
     images: StoredImages

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from clipq.data.batches import Batch, Batches, as_channels_last, batch_indices
+from clipq.data.batches import Batch, Epoch, Samples
 from clipq.data.images import check_labels
 from clipq.data.seeding import seeded_generator
 from clipq.errors import DataError
@@ -22,7 +22,7 @@ ACCEPTED = (
 
 
 @dataclass(frozen=True, eq=False)
-class UserSamples:
+class UserSamples(Samples):
     """Samples that a data set of the user's makes one by one.
 
     Batches are as the data set makes them, with int64 targets of shape (B,). Their order depends on seed and epoch
@@ -43,45 +43,24 @@ class UserSamples:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        shuffle: bool = False,
-        augment: bool = False,
-        drop_last: bool = False,
-        start: int = 0,
-        channels_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Batches:
-        """The minibatches of one epoch; see `Samples.batches`. Augmentation is the data set's own affair."""
-        groups = batch_indices(
-            self.name, len(self), batch_size, seed, epoch, shuffle, drop_last, start, rank, world_size
-        )
+    def make(self, epoch: Epoch) -> Iterator[Batch]:
+        """See `Samples.make`. Augmentation is the data set's own affair."""
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
-            batch_sampler=[group.tolist() for group in groups[start:]],
+            batch_sampler=[group.tolist() for group in epoch.groups[epoch.start :]],
             num_workers=self.workers,
-            generator=seeded_generator("workers", seed, epoch),
+            generator=seeded_generator("workers", epoch.seed, epoch.epoch),
         )
-
-        def pairs() -> Iterator[Batch]:
-            try:
-                for position, made in enumerate(loader, start):
-                    inputs, targets = checked_batch(made, self.num_classes, f"{self.name}, batch {position}")
-                    yield as_channels_last(inputs, channels_last), targets
-            except DataError:
-                raise
-            except Exception as error:
-                raise DataError(
-                    f"{self.name}: reading a sample raised {type(error).__name__}: {error}. "
-                    "Check the data set that the function returned"
-                ) from error
-
-        return Batches(pairs(), len(groups), start)
+        try:
+            for position, made in enumerate(loader, epoch.start):
+                yield checked_batch(made, self.num_classes, f"{self.name}, batch {position}")
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{self.name}: reading a sample raised {type(error).__name__}: {error}. "
+                "Check the data set that the function returned"
+            ) from error
 
 
 def load_user_samples(spec: str, workers: int = 0) -> tuple[UserSamples, UserSamples, UserSamples | None]:

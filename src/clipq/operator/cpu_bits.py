@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, extending, njit, types
+from numba import config, extending, types
 from numba.core.codegen import get_host_cpu_features
 from numba.np.numpy_support import carray
+
+from clipq import jit
 
 NEGATIVE, POSITIVE, SIGNS = 0, 1, 2
 VECTOR_BYTES = 64
@@ -46,7 +49,7 @@ JOB = np.dtype(
 )
 """One tensor of a batch, from the first pass to the last; low, high, threshold and reach live from call to call."""
 
-compiled: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy")
+compiled: Callable[..., Any] = partial(jit.compiled, error_model="numpy")
 intrinsic: Callable[..., Any] = extending.intrinsic
 
 

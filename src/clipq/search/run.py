@@ -93,6 +93,8 @@ def run_search(
             f"the layerwise search of the paper has one knob, trade_off (λ); got {target.given()}. Give trade_off, or "
             f"search with the default method"
         )
+    if not isinstance(model, nn.Module):
+        raise SearchError(f"model is {model!r}; give the trained network, a torch.nn.Module")
     groups = groups_of(model, include, exclude)
     evaluator = Evaluator(model, evaluate, settings.memory)
     print_of = fingerprint(evaluator, groups, target.given(), settings)
