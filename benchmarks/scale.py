@@ -34,6 +34,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import clipq
+from clipq.finetune.processes import leave
 from clipq.models import build
 from clipq.operator import Quantizer, QuantizerEntry
 from clipq.operator.gpu_bits import BINS
@@ -182,7 +183,7 @@ def worker(steps: int, calls: int) -> None:
     result = {"training": train(steps), "ResNet-50": quantize(calls)}
     if dist.get_rank() == 0:
         print(json.dumps(result))
-    dist.destroy_process_group()
+    leave()
 
 
 def measure(number: int, steps: int, calls: int) -> dict[str, Any]:

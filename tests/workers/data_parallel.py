@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import clipq
+from clipq.finetune.processes import leave
 from tests.zoo import KINDS, build, train_step
 
 
@@ -25,7 +26,7 @@ def main(folder: str) -> None:
             train_step(parallel, optimizer, x)
         state = {"quantized": dict(model.named_parameters()), "full": attachment.full_precision}
         torch.save(state, f"{folder}/{number}.{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 main(sys.argv[1])

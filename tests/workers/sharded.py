@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 import clipq
 from clipq.errors import AttachError, PlanError, WeightError
+from clipq.finetune.processes import leave
 from clipq.hold import file_bytes
 from clipq.operator import Quantizer, QuantizerEntry
 from clipq.operator.reference import clip_quantize
@@ -456,7 +457,7 @@ def main(folder: Path, names: list[str]) -> None:
         dist.all_gather_object(failures, failure)
         if any(failures):
             sys.exit("\n".join(failures))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -41,9 +41,8 @@ def compress(
     **fields: Any,
 ) -> None:
     """Parse, run, print."""
-    import torch
-
     from clipq.finetune.compress import compress as run
+    from clipq.finetune.processes import leave
 
     if resume is not None:
         made, folder = _resumed(resume, {"RECIPE": recipe, "--out": out, "--force": force or None}, fields), resume
@@ -61,8 +60,7 @@ def compress(
     elif first:
         console.print(to_table(report))
         console.print(f"The run is in {folder}", highlight=False)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 def _resumed(folder: Path, others: dict[str, Any], fields: dict[str, Any]) -> Recipe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import io
 import os
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -22,7 +23,20 @@ from clipq.errors import RecipeError
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=1)
+_TIME_TO_LET_GO = 0.1  # seconds
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def leave() -> None:
+    """Leave the process group at the end of a process, if it is in one.
+
+    A thread of gloo lets go of the tensors of the last exchange after it is over, for which it needs the interpreter's
+    lock. A process that ends before that has happened is aborted by PyTorch: "terminate called without an active
+    exception".
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(_TIME_TO_LET_GO)
 
 
 class Processes:

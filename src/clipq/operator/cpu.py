@@ -40,7 +40,7 @@ from clipq.operator.cpu_quantize import (
 from clipq.operator.split import Reduction
 from clipq.operator.threads import run_all
 
-SPLIT_SIZE = 1 << 18
+SPLIT_SIZE = 1 << 20
 """Tensors of at least so many weights are worked on by all threads, smaller ones by one thread each."""
 OVERHEAD = 2000
 """What a tensor costs beyond its weights, in weights."""

@@ -146,23 +146,27 @@ def append_between(
 
 
 @intrinsic
-def look_up(typing_context: Any, table: Any, slots: Any, first: Any, target: Any) -> Any:
-    """``target[i] = table[slots[i]]``, cut to the target's width, for the LOOK_UP_LANES values of i from ``first`` on.
+def fence(typing_context: Any) -> Any:
+    """Nothing of what was written before, past the cache or not, is seen later than what comes after."""
 
-    Gathering loads where the processor has them; a loop is not turned into them by itself, as the target might
-    overlap the table.
-    """
-    return types.none(table, slots, types.int64, target), _gathered
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
 
-
-@intrinsic
-def look_up_small(typing_context: Any, table: Any, slots: Any, first: Any, target: Any) -> Any:
-    """`look_up` for SMALL_BITS bits: in a table that AVX-512 holds in registers, where the processor has it."""
-    generate = _permuted if _processor_has("avx512f") else _gathered
-    return types.none(table, slots, types.int64, target), generate
+    return types.none(), generate
 
 
-def _gathered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+def _look_up(generator: Callable[..., Any], *, past_cache: bool) -> Any:
+    def look_up(typing_context: Any, table: Any, slots: Any, first: Any, target: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return generator(context, builder, signature, arguments, past_cache)
+
+        return types.none(table, slots, types.int64, target), generate
+
+    return intrinsic(look_up)
+
+
+def _gathered(context: Any, builder: Any, signature: Any, arguments: Any, past_cache: bool) -> Any:
     table, slots, target = _arrays(context, builder, signature, arguments)
     element, cut = (ir.IntType(signature.args[i].dtype.bitwidth) for i in (0, 3))
     slot = _load(builder, slots, arguments[2], ir.VectorType(ir.IntType(32), LOOK_UP_LANES))
@@ -180,11 +184,11 @@ def _gathered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any
         ir.Constant(ir.VectorType(ir.IntType(1), LOOK_UP_LANES), [1] * LOOK_UP_LANES),
         ir.Constant(vector, ir.Undefined),
     )
-    _store(builder, found, target, arguments[2], cut)
+    _store(builder, found, target, arguments[2], cut, past_cache)
     return context.get_dummy_value()
 
 
-def _permuted(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+def _permuted(context: Any, builder: Any, signature: Any, arguments: Any, past_cache: bool) -> Any:
     table, slots, target = _arrays(context, builder, signature, arguments)
     element, cut = (ir.IntType(signature.args[i].dtype.bitwidth) for i in (0, 3))
     lanes = VECTOR_BYTES * 8 // element.width
@@ -199,7 +203,7 @@ def _permuted(context: Any, builder: Any, signature: Any, arguments: Any) -> Any
         else:
             slot = builder.zext(slot, vector)
             found = _call(builder, "llvm.x86.avx512.vpermi2var.q.512", vector, levels[0], slot, levels[1])
-        _store(builder, found, target, at, cut)
+        _store(builder, found, target, at, cut, past_cache)
     return context.get_dummy_value()
 
 
@@ -213,12 +217,14 @@ def _load(builder: Any, array: Any, at: Any, vector: Any) -> Any:
     return builder.load(address, align=vector.element.width // 8)
 
 
-def _store(builder: Any, found: Any, array: Any, at: Any, cut: Any) -> None:
-    """Store a vector of integers, each cut to a width."""
+def _store(builder: Any, found: Any, array: Any, at: Any, cut: Any, past_cache: bool = False) -> None:
+    """Store a vector of integers, each cut to a width; past the cache only where it is aligned to its own size."""
     if cut.width < found.type.element.width:
         found = builder.trunc(found, ir.VectorType(cut, found.type.count))
     address = builder.bitcast(builder.gep(array.data, [at]), found.type.as_pointer())
-    builder.store(found, address, align=cut.width // 8)
+    store = builder.store(found, address, align=cut.width // 8 * (found.type.count if past_cache else 1))
+    if past_cache:
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
 
 
 def _processor_has(feature: str) -> bool:
@@ -227,6 +233,20 @@ def _processor_has(feature: str) -> bool:
     if features is None:
         features = get_host_cpu_features()  # type: ignore[no-untyped-call]
     return f"+{feature}" in features.split(",")
+
+
+look_up = _look_up(_gathered, past_cache=False)
+"""``target[i] = table[slots[i]]``, cut to the target's width, for the LOOK_UP_LANES values of i from ``first`` on.
+
+Gathering loads where the processor has them; a loop is not turned into them by itself, as the target might overlap the
+table.
+"""
+look_up_past_cache = _look_up(_gathered, past_cache=True)
+"""`look_up` that does not read what it overwrites, for a target that is aligned to VECTOR_BYTES; ends with `fence`."""
+_small = _permuted if _processor_has("avx512f") else _gathered
+look_up_small = _look_up(_small, past_cache=False)
+"""`look_up` for SMALL_BITS bits: in a table that AVX-512 holds in registers, where the processor has it."""
+look_up_small_past_cache = _look_up(_small, past_cache=True)
 
 
 def _all_lanes(builder: Any, scalar: Any, lanes: int) -> Any:

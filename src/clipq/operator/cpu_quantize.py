@@ -20,8 +20,11 @@ from clipq.operator.cpu_bits import (
     append_between,
     compiled,
     compute_type,
+    fence,
     look_up,
+    look_up_past_cache,
     look_up_small,
+    look_up_small_past_cache,
     magnitude,
     rounded_bits,
     use_wide_vectors,
@@ -30,6 +33,8 @@ from clipq.operator.cpu_bits import (
 
 BLOCK = 1024
 MAX_SLOTS = 256
+PAST_CACHE_SIZE = 1 << 22
+"""Results of at least so many weights are written past the cache, which would be full of them otherwise."""
 COUNT, HIGH_LIMB, LOW_LIMB, SUMS = 0, 1, 2, 3
 
 
@@ -234,17 +239,26 @@ def assign_segment(job: Any, start: int, stop: int, tag: Any, table: Any) -> Non
     n_side, p_side = _side(job, NEGATIVE, tag), _side(job, POSITIVE, tag)
     zero = np.int32(job.intervals[NEGATIVE])
     slots = np.empty(BLOCK, np.uint32)
+    past_cache = job.size >= PAST_CACHE_SIZE and (job.out + start * bits.itemsize) % VECTOR_BYTES == 0
     for first in range(0, bits.shape[0], BLOCK):
         part = bits[first : first + BLOCK]
         target = out[first : first + BLOCK]
         for i in range(part.shape[0]):
             slots[i] = _slot(part[i], tag, key_mask, zero, n_side, p_side)
         vectors = part.shape[0] // LOOK_UP_LANES
-        if job.bits <= SMALL_BITS:
+        if job.bits <= SMALL_BITS and past_cache:
+            for i in range(vectors):
+                look_up_small_past_cache(table, slots, i * LOOK_UP_LANES, target)
+        elif job.bits <= SMALL_BITS:
             for i in range(vectors):
                 look_up_small(table, slots, i * LOOK_UP_LANES, target)
+        elif past_cache:
+            for i in range(vectors):
+                look_up_past_cache(table, slots, i * LOOK_UP_LANES, target)
         else:
             for i in range(vectors):
                 look_up(table, slots, i * LOOK_UP_LANES, target)
         for i in range(vectors * LOOK_UP_LANES, part.shape[0]):
             target[i] = table[slots[i]]
+    if past_cache:
+        fence()
