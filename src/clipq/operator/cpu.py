@@ -45,6 +45,9 @@ SPLIT_SIZE = 1 << 20
 OVERHEAD = 2000
 """What a tensor costs beyond its weights, in weights."""
 
+WORTH_A_THREAD = 1 << 17
+"""So many weights beside the largest tensor make it worth to wake another thread."""
+
 _TAGS = {
     torch.float64: np.empty(0, np.float64),
     torch.float32: np.empty(0, np.float32),
@@ -227,13 +230,14 @@ def _scheduled(last: _Schedule, sizes: tuple[int, ...], threads: int) -> _Schedu
     if (last.sizes, last.threads) == (sizes, threads):
         return last
     smallest_split = SPLIT_SIZE if threads > 1 else max(sizes, default=0) + 1
-    loads = [0] * threads
-    whole: list[list[int]] = [[] for _ in range(threads)]
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if sizes[index] < smallest_split:
-            thread = loads.index(min(loads))
-            whole[thread].append(index)
-            loads[thread] += sizes[index] + OVERHEAD
+    alone = sorted((i for i, size in enumerate(sizes) if size < smallest_split), key=lambda i: -sizes[i])
+    spread_out = sum(sizes[i] + OVERHEAD for i in alone[1:]) // WORTH_A_THREAD
+    loads = [0] * min(threads, 1 + spread_out)
+    whole: list[list[int]] = [[] for _ in loads]
+    for index in alone:
+        thread = loads.index(min(loads))
+        whole[thread].append(index)
+        loads[thread] += sizes[index] + OVERHEAD
     return _Schedule(
         sizes,
         threads,
