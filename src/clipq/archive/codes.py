@@ -6,7 +6,9 @@ Source: docs/format.md, "Code tensors".
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from clipq.archive.wire import Cursor, Sink
 
 MAX_LEVELS = 256
 _CHUNK = 2**18
+_SAMPLE = 2**12
 _USUAL, _ESCAPE = 12, 5  # of the lengths of a codebook's distances: the first is compared to the width less 12
 
 U8 = npt.NDArray[np.uint8]
@@ -35,34 +38,34 @@ class Codebook:
     pivot: int
 
 
-def find_codes(bits: Bits, dtype_code: int) -> tuple[Codebook, U8] | None:
+def find_codes(bits: Bits, dtype_code: int, pool: Executor) -> tuple[Codebook, U8] | None:
     """The codebook of a tensor and the index of each element, or None if it has too many distinct values.
 
     Args:
         bits: the elements' bit patterns, 1-D, not empty.
         dtype_code: the format's number of their type.
+        pool: looks through parts of the tensor at once.
     """
     chunks = [bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK)]
-    known = np.unique(bits[: 2**12])
-    for chunk in chunks:
-        if len(known) > MAX_LEVELS:
-            return None
-        new = chunk[known[_nearest(known, chunk)] != chunk]
-        if new.size:
-            known = np.union1d(known, new)
-    if len(known) > MAX_LEVELS:
-        return None
-    order = np.argsort(dtypes.order_key(known, dtype_code))
-    rank = np.empty(len(order), np.uint8)
-    rank[order] = np.arange(len(order))
-    codes = np.concatenate([rank[_nearest(known, chunk)] for chunk in chunks])
-    zeros = np.flatnonzero(known[order] == 0)
-    pivot = zeros[0] if len(zeros) else np.bincount(codes).argmax()
-    return Codebook(known[order], int(pivot)), codes
+    known = np.unique(bits[:_SAMPLE])
+    while len(known) <= MAX_LEVELS:
+        ranks = np.empty(len(known), np.uint8)
+        order = np.argsort(dtypes.order_key(known, dtype_code))
+        ranks[order] = np.arange(len(order))
+        parts, unknown = zip(*pool.map(partial(_look_up, known, ranks), chunks), strict=True)
+        if not any(len(values) for values in unknown):
+            codes = np.concatenate(parts)
+            zeros = np.flatnonzero(known[order] == 0)
+            pivot = zeros[0] if len(zeros) else np.bincount(codes).argmax()
+            return Codebook(known[order], int(pivot)), codes
+        known = np.unique(np.concatenate([known, *unknown]))
+    return None
 
 
-def _nearest(ascending: Bits, values: Bits) -> npt.NDArray[np.intp]:
-    return np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+def _look_up(known: Bits, ranks: U8, values: Bits) -> tuple[U8, Bits]:
+    """The rank of each value among the known ones, which ascend; and the values that are not among them."""
+    nearest = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return ranks[nearest], np.unique(values[known[nearest] != values])
 
 
 def encode_codebook(sink: Sink, codebook: Codebook, dtype_code: int) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -81,18 +81,22 @@ def in_scan_order(codes: U8, shape: tuple[int, ...], swapped: bool) -> U8:
     return codes.reshape(shape).swapaxes(0, 1).reshape(-1) if swapped else codes
 
 
-def choose_scan(codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: str) -> Scan:
-    """Try scans on the tensor, or for "default" on its first rows, and give the one that takes least."""
+def choose_scan(codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: str, pool: Executor) -> Scan:
+    """Try scans on the tensor, or for "default" on its first rows, and give the one that takes least.
+
+    Args:
+        pool: tries several at once.
+    """
     if len(codebook.bits) == 1:
         return Scan(False, *_lags(shape, False)[0], 1)
     trial = TILE_ELEMENTS if effort == "max" else _SAMPLE
-
-    @cache
-    def size(scan: Scan) -> int:
-        return _trial_bytes(codebook, codes, shape, scan, trial)
+    sizes: dict[Scan, int] = {}
 
     def best(candidates: Iterable[Scan]) -> Scan:
-        return min(candidates, key=size)
+        scans = list(candidates)
+        new = [scan for scan in scans if scan not in sizes]
+        sizes.update(zip(new, pool.map(lambda s: _trial_bytes(codebook, codes, shape, s, trial), new), strict=True))
+        return min(scans, key=sizes.__getitem__)
 
     scan = best(
         Scan(swapped, lag1, lag2, mean)

@@ -138,8 +138,10 @@ def encoded_size(array: Array, effort: Effort = "default", scan: tiles.Scan | No
 
 def scan_of(array: Array, effort: Effort = "default") -> tiles.Scan | None:
     """The scan that the encoder chooses for a tensor; None if it has too many distinct values to be coded."""
-    found = find_codes(_bytes(array).view(dtypes.bits_dtype(array.dtype)), dtypes.code_of(array, "the array"))
-    return None if found is None else tiles.choose_scan(*found, array.shape, effort)
+    dtype_code = dtypes.code_of(array, "the array")
+    with ThreadPoolExecutor(1) as pool:
+        found = find_codes(_bytes(array).view(dtypes.bits_dtype(array.dtype)), dtype_code, pool)
+        return None if found is None else tiles.choose_scan(*found, array.shape, effort, pool)
 
 
 def _encode_tensor(
@@ -167,12 +169,12 @@ def _encode_codes(
     if array.itemsize > 8:
         return None
     dtype_code = dtypes.code_of(array, name)
-    found = find_codes(_bytes(array).view(dtypes.bits_dtype(array.dtype)), dtype_code)
+    found = find_codes(_bytes(array).view(dtypes.bits_dtype(array.dtype)), dtype_code, pool)
     if found is None:
         return None
     codebook, codes = found
     if scan is None:
-        scan = tiles.choose_scan(codebook, codes, array.shape, effort)
+        scan = tiles.choose_scan(codebook, codes, array.shape, effort, pool)
     else:
         scan = tiles.adapted(scan, codebook, codes, array.shape)
     ordered = tiles.in_scan_order(codes, array.shape, scan.swapped)
