@@ -20,7 +20,7 @@ MOMENTS: list[tuple[int, Way]] = [
     *[(1, "SIGKILL"), (2, "lost worker"), (1, "SIGTERM"), (2, "SIGKILL")] * 4,
     *[(1, "SIGKILL"), (2, "SIGTERM")] * 2,
 ]
-LENGTH = ["--float-epochs", "2", "--epochs", "6"]
+LENGTH = ["--float-epochs", "20", "--epochs", "60"]
 
 
 def main() -> None:

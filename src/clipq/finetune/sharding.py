@@ -5,6 +5,7 @@ Networks and states without split tensors go through unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,16 +14,26 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+_SEQUENCES = (nn.Sequential, nn.ModuleList)
+
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Split a network's parameters over the processes, in place: each block of its sequences is gathered by itself."""
-    for module in network.modules():
-        if isinstance(module, nn.Sequential | nn.ModuleList):
-            for block in module:
-                if any(True for _ in block.parameters()) and not isinstance(block, nn.Sequential | nn.ModuleList):
-                    fully_shard(block, mesh=mesh["data_parallel"])
+    for block in list(_blocks(network, sum(p.numel() for p in network.parameters()) // 2)):
+        fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(network, mesh=mesh["data_parallel"])
     return network
+
+
+def _blocks(module: nn.Module, most: int) -> Iterator[nn.Module]:
+    """The outermost elements of sequences; what has more weights than ``most`` is a block only if nothing is in it."""
+    for child in module.children():
+        size = sum(p.numel() for p in child.parameters())
+        is_block = isinstance(module, _SEQUENCES) and not isinstance(child, _SEQUENCES)
+        if is_block and size and (size <= most or not any(True for _ in child.children())):
+            yield child
+        else:
+            yield from _blocks(child, most)
 
 
 def gathered(state: Any) -> Any:

@@ -125,13 +125,14 @@ class RunReport:
 
 
 _SUMMARY = ("", "top-1", "bytes", "ratio")
+_NAMES_SHOWN = 6
 
 
 def to_table(report: RunReport) -> Group:
     """The report for a terminal."""
     return Group(
         table("Every tensor of the file", TENSOR_COLUMNS, tensor_rows(report.file)),
-        *(Text(line) for line in _left_out_lines(report)),
+        *(Text(line) for line in _left_out_lines(report, most=_NAMES_SHOWN)),
         table(f"{report.recipe.model} on {report.recipe.data}", _SUMMARY, _summary_rows(report)),
         *([] if report.aim is None else [Text(aim_line(report.aim, report.file.bytes))]),
     )
@@ -174,12 +175,17 @@ def _summary_rows(report: RunReport) -> list[tuple[str, ...]]:
     ]
 
 
-def _left_out_lines(report: RunReport) -> list[str]:
-    """One line for each reason why tensors were not compressed."""
+def _left_out_lines(report: RunReport, most: int | None = None) -> list[str]:
+    """One line for each reason why tensors were not compressed, with the names of at most so many."""
     reasons: dict[str, list[str]] = {}
     for name, reason in report.left_out.items():
         reasons.setdefault(reason, []).append(name)
-    return [f"Not compressed ({reason}): {', '.join(names)}" for reason, names in reasons.items()]
+    lines = []
+    for reason, names in reasons.items():
+        rest = len(names[most:]) if most else 0
+        shown = [*names[:most], f"and {rest} more, which report.md names"] if rest else names
+        lines.append(f"Not compressed ({reason}): {', '.join(shown)}")
+    return lines
 
 
 def aim_line(aim: Aim, file_bytes: int) -> str:
