@@ -65,7 +65,7 @@ def plot_choices(found: SearchRecord) -> Figure:
     widths.barh(rows, [g.bits for g in found.groups], color=_ORANGE)
     widths.set(xlabel="b: bits of a surviving weight", xticks=range(max(g.bits for g in found.groups) + 1))
     rates.set_yticks(rows, [g.name for g in found.groups])
-    rates.invert_yaxis()
+    rates.set_ylim(len(rows) - 0.4, -0.6)
     for axes in (rates, widths):
         axes.grid(axis="x", alpha=0.3)
     return figure
