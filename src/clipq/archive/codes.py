@@ -47,7 +47,7 @@ def find_codes(bits: Bits, dtype_code: int, pool: Executor) -> tuple[Codebook, U
         pool: looks through parts of the tensor at once.
     """
     chunks = [bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK)]
-    known = np.unique(bits[:_SAMPLE])
+    known = np.unique(bits[:: -(-bits.size // _SAMPLE)])
     while len(known) <= MAX_LEVELS:
         ranks = np.empty(len(known), np.uint8)
         order = np.argsort(dtypes.order_key(known, dtype_code))
