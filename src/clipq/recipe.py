@@ -21,7 +21,7 @@ WHERE_IT_RUNS = (
     *("checkpoints", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints"),
 )
 """Fields on which nothing that is found depends, but for the rounding of other devices."""
-AFTER_THE_SEARCH = ("epochs", "bfloat16_rest", "pruning_rate", "bits", "overrides")
+AFTER_THE_SEARCH = ("epochs", "pruning_ramp", "bfloat16_rest", "pruning_rate", "bits", "overrides")
 """Fields on which a search for a target does not depend."""
 
 
@@ -80,6 +80,13 @@ class Recipe(BaseModel):
         ge=1,
         le=8,
         description="b, the bit width: at most 2^b - 1 non-zero values a tensor; else 3.",
+    )
+    pruning_ramp: float = Field(
+        0.0,
+        ge=0,
+        le=0.8,
+        description="Share of the steps over which pruning rates rise to the plan's, most of it early; 0, as in the "
+        "paper, prunes at once.",
     )
     include: tuple[str, ...] = Field((), description="Globs of parameters to compress as well, such as '*.bias'.")
     exclude: tuple[str, ...] = Field((), description="Globs of parameters to leave as they are.")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clipq
+from clipq import Plan, demo
 from clipq.data import load_data
 from clipq.errors import RecipeError
 from clipq.finetune.average import WeightAverage, reestimate_batch_norm
@@ -22,6 +23,7 @@ from clipq.finetune.loggers import MetricsLog, make_loggers
 from clipq.finetune.loop import fit
 from clipq.finetune.losses import Distillation, cross_entropy, distillation_loss
 from clipq.finetune.optimization import learning_rate_factor, parameter_groups
+from clipq.finetune.ramp import STAGES, PruningRamp
 from clipq.finetune.run import RunFolder
 from clipq.finetune.step import gradients, update
 from clipq.finetune.watch import EpochRecord, Silent
@@ -84,6 +86,47 @@ def test_a_schedule_rises_in_its_warmup_and_never_after(schedule: str) -> None:
     assert values[:20] == sorted(values[:20])
     assert values[20] == max(values) == 1
     assert values[20:] == sorted(values[20:], reverse=True)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_pruning_rates_rise_to_the_plans_and_bits_stay(steps: int) -> None:
+    plan = Plan.uniform(network(), pruning_rate=0.95, bits=3).override({"0.weight": {"pruning_rate": 0.5, "bits": 2}})
+    ramp = PruningRamp(plan, steps)
+    taken = [ramp.at(0), *filter(None, map(ramp.after, range(1, steps + 1)))]
+    assert len(taken) <= STAGES + 1
+    assert taken[-1] == plan
+    assert ramp.after(steps + 1) is None
+    for name, tensor in plan.tensors.items():
+        rates = [p.tensors[name].pruning_rate for p in taken]
+        assert rates[0] == 0
+        assert rates == sorted(rates)
+        assert {p.tensors[name].bits for p in taken} == {tensor.bits}
+
+
+def test_a_run_with_a_ramp_ends_at_its_plan_and_begins_unpruned() -> None:
+    settings = recipe(pruning_ramp=0.5, epochs=2, batch_size=300)
+    net = demo.network()
+    plan = Plan.uniform(net, pruning_rate=0.9, bits=3)
+    survivors = []
+
+    class Watching(Silent):
+        def step(self, loss: float) -> None:
+            survivors.append(sum(int(net.get_parameter(name).count_nonzero()) for name in plan.tensors))
+
+    ended = fit(
+        make_fabric(settings),
+        net,
+        load_data("digits"),
+        settings,
+        plan,
+        epochs=2,
+        learning_rate=0.01,
+        watcher=Watching(),
+    )
+    assert ended == plan
+    weights = sum(net.get_parameter(name).numel() for name in plan.tensors)
+    assert survivors[0] > 0.3 * weights > 0.11 * weights > survivors[len(survivors) // 2 + 1]
+    assert survivors[-1] <= 0.11 * weights
 
 
 def test_distillation_is_zero_at_the_teacher_and_follows_its_temperature() -> None:

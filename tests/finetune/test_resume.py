@@ -37,6 +37,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "distillation, label smoothing, bf16": {"distillation": 0.5, "label_smoothing": 0.1, "precision": "bf16"},
     "loss scaling": {"precision": "fp16", "schedule": "step", "warmup_epochs": 0.5},
     "the file held at a size, an average": {"bytes": 2600, "ema": 0.9},
+    "pruning little by little, the file held at a size": {"pruning_ramp": 0.5, "bytes": 2600},
 }
 
 

@@ -19,6 +19,7 @@ from clipq.finetune.checkpoint import random_states, set_random_states
 from clipq.finetune.losses import Objective
 from clipq.finetune.optimization import make_optimizer, make_schedule
 from clipq.finetune.processes import Processes
+from clipq.finetune.ramp import PruningRamp
 from clipq.finetune.sharding import gathered, scattered
 from clipq.finetune.step import gradients, scaler_of, update
 from clipq.hold import SizeHolder
@@ -65,6 +66,10 @@ class Training:
         self._objective = objective
         sharded = recipe.strategy == "fsdp" and self.processes.count > 1
         self.trained = copy.deepcopy(network) if sharded or recipe.ema is not None else network
+        self._ramp = None
+        if plan is not None and recipe.pruning_ramp:
+            self._ramp = PruningRamp(plan, max(round(recipe.pruning_ramp * steps), 1))
+            plan = self._ramp.at(0)
         if state is not None:
             self.trained.load_state_dict(state["model"])
             plan = None if state["plan"] is None else Plan.from_json(json.dumps(state["plan"]))
@@ -78,7 +83,8 @@ class Training:
         if self.attachment is not None and hold_bytes is not None:
             self._holder = SizeHolder(self.trained, self.attachment, hold_bytes)
         self._settled = math.ceil(SETTLED * steps)
-        self._every = max(self._settled // ADJUSTMENTS, 1)
+        self._held_from = 0 if self._ramp is None else self._ramp.steps
+        self._every = max((self._settled - self._held_from) // ADJUSTMENTS, 1)
         if state is not None:
             self._restore(state)
 
@@ -105,10 +111,14 @@ class Training:
             self._average.update()
             if step == self.steps:
                 self._average.give()
+        if self._ramp is not None and self.attachment is not None:
+            risen = self._ramp.after(step)
+            if risen is not None:
+                self.attachment.replan(risen)
         if self._holder is not None and (step == self._settled or step == self.steps):
             self._same_buffers()
             self._holder.finish()
-        elif self._holder is not None and step < self._settled and step % self._every == 0:
+        elif self._holder is not None and self._held_from <= step < self._settled and step % self._every == 0:
             self._same_buffers()
             self._holder.adjust()
         return made
