@@ -3,8 +3,8 @@
     python benchmarks/recipes.py --data-root DIR [--seeds 3] [lenet-300-100 lenet-5 resnet-20]
 
 Runs each recipe as it is (``clipq compress``) with several seeds, and beside it two-stage compression with the same
-plan, the same total epochs and the same learning-rate schedule in each stage: prune once and fine-tune what is left,
-then quantize what is left and fine-tune. Runs are kept in ``runs/recipes`` and not repeated; their files are written
+plan, the same total epochs and the same learning-rate schedule in each stage: prune for good, little by little if the
+recipe does, and fine-tune what is left, then quantize what is left and fine-tune. Runs are kept in ``runs/recipes`` and not repeated; their files are written
 and measured anew each time. Writes ``benchmarks/results/recipes.json``, the page ``docs/results.md`` and the table of
 the README.
 """
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import processor
+from timing import processor, replace_between
+from torch import Tensor, nn
 
 import clipq
 from clipq.data import Data, load_data
@@ -30,9 +31,9 @@ from clipq.finetune.compress import evaluate, make_plan
 from clipq.finetune.devices import make_fabric
 from clipq.finetune.loop import fit
 from clipq.finetune.network import find_weights, load_weights, make_network
+from clipq.finetune.ramp import PruningRamp
 from clipq.finetune.watch import Silent
 from clipq.formats import read_state, write_state
-from clipq.operator import clip_quantize
 from clipq.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,6 @@ RECIPES = {
 RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
-MARK = "<!-- results -->"
 WEIGHTS = "weights.safetensors"
 METHODS = {"in-parallel": "in parallel (CLIP-Q)", "two-stage": "two stages"}
 
@@ -58,6 +58,37 @@ def in_parallel(path: str, data_root: str, seed: int, folder: Path) -> None:
     write_state(folder / WEIGHTS, state)
 
 
+class Pruning(Silent):
+    """Keeps the smallest weights of each tensor zero from the step on at which the plan prunes them.
+
+    Args:
+        ramp: steps over which the pruning rates rise, as in the recipe; 0 prunes at once.
+    """
+
+    def __init__(self, network: nn.Module, plan: clipq.Plan, ramp: int) -> None:
+        self._weights = {name: network.get_parameter(name) for name in plan.tensors}
+        self._masks: dict[str, Tensor] = {}
+        self._ramp, self._step = PruningRamp(plan, max(ramp, 1)), 0
+        self._prune(self._ramp.at(0) if ramp else plan)
+        for name, weight in self._weights.items():
+            weight.register_hook(lambda gradient, name=name: gradient * self._masks[name])
+
+    def step(self, loss: float) -> None:
+        self._step += 1
+        plan = self._ramp.after(self._step)
+        if plan is not None:
+            self._prune(plan)
+
+    @torch.no_grad()
+    def _prune(self, plan: clipq.Plan) -> None:
+        for name, weight in self._weights.items():
+            n = round(plan.tensors[name].pruning_rate * weight.numel())
+            magnitude = weight.abs().flatten()
+            threshold = magnitude.kthvalue(n).values if n else magnitude.new_tensor(-1.0)
+            self._masks[name] = weight.abs() > threshold
+            weight.mul_(self._masks[name])
+
+
 def two_stage(path: str, data_root: str, seed: int, folder: Path) -> None:
     """Prune for good and fine-tune; then quantize what is left and fine-tune."""
     recipe = Recipe.load(ROOT / path, {"seed": seed, "data_root": data_root})
@@ -67,14 +98,10 @@ def two_stage(path: str, data_root: str, seed: int, folder: Path) -> None:
     fabric = make_fabric(recipe)
     plan = make_plan(network, recipe)
 
-    for name, tensor in plan.tensors.items():
-        weight = network.get_parameter(name)
-        mask = clip_quantize(weight, tensor.pruning_rate, 8, name=name).quantized != 0
-        with torch.no_grad():
-            weight.mul_(mask)
-        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
-    quantize_only = plan.override({"*": {"pruning_rate": 0.0}})
     first = recipe.epochs // 2
+    steps = first * data.batches("train", recipe.batch_size).total
+    pruning = Pruning(network, plan, round(recipe.pruning_ramp * steps))
+    quantize_only = plan.override({"*": {"pruning_rate": 0.0}})
     for stage, epochs in ((None, first), (quantize_only, recipe.epochs - first)):
         fit(
             fabric,
@@ -84,7 +111,7 @@ def two_stage(path: str, data_root: str, seed: int, folder: Path) -> None:
             stage,
             epochs=epochs,
             learning_rate=recipe.learning_rate,
-            watcher=Silent(),
+            watcher=pruning if stage is None else Silent(),
         )
     folder.mkdir(parents=True, exist_ok=True)
     plan.save(folder / "plan.json")
@@ -129,9 +156,8 @@ def main() -> None:
                 RESULTS.parent.mkdir(exist_ok=True)
                 RESULTS.write_text(json.dumps(results, indent=2) + "\n")
                 print(key, results["runs"][key], flush=True)
-    PAGE.write_text(page(results))
-    before, _, rest = README.read_text().partition(MARK)
-    README.write_text(f"{before}{MARK}\n\n{readme_table(results)}\n\n{MARK}{rest.partition(MARK)[2]}")
+    replace_between(PAGE, "recipes", section(results))
+    replace_between(README, "results", readme_table(results))
 
 
 @dataclass(frozen=True)
@@ -170,8 +196,8 @@ def rows_of(results: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def page(results: dict[str, Any]) -> str:
-    """The results page, from what is in the results file."""
+def section(results: dict[str, Any]) -> str:
+    """The section of the results page, from what is in the results file."""
     table = []
     verdicts = []
     for row in rows_of(results):
@@ -188,14 +214,10 @@ def page(results: dict[str, Any]) -> str:
     made = results["made with"]
     return "\n".join(
         [
-            "# Results",
-            "",
-            "## The recipes",
-            "",
             "Bytes are those of the `.clipq` file, with everything in it. Errors are top-1 in per cent on the test",
             "set, measured on the reloaded file; medians over seeds, and the range. ResNet-20's p and b were changed",
             "once after a look at the test set (p 0.6, 3 bits: 18 times smaller, +0.83 point); nothing else was chosen",
-            "by it. Two stages: the same plan and the same total epochs, but pruned once and fine-tuned, then",
+            "by it. Two stages: the same plan and the same total epochs, but pruned for good and fine-tuned, then",
             "quantized and fine-tuned.",
             "",
             "| network | method | float32 bytes | file bytes | ratio | float error | error | range | seeds |",
@@ -210,7 +232,6 @@ def page(results: dict[str, Any]) -> str:
             "",
             f"Made by `python benchmarks/recipes.py --data-root DIR` with torch {made['torch']} on {made['cores']}",
             f"cores ({made['processor']}); every run is in `benchmarks/results/recipes.json`.",
-            "",
         ]
     )
 

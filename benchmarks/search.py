@@ -53,12 +53,12 @@ from clipq.search.sizes import SizeModel, measure_sizes, pruning_rate_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "search.json"
-NETS: dict[str, tuple[str, int, float, int]] = {
-    "lenet-300-100": ("recipes/mnist/lenet-300-100.yaml", 5000, 2000.0, 10),
-    "lenet-5": ("recipes/mnist/lenet-5.yaml", 5000, 2000.0, 6),
-    "resnet-20": ("recipes/cifar10/resnet-20.yaml", 60000, 100.0, 1),
+NETS: dict[str, tuple[str, int, float, dict[str, Any]]] = {
+    "lenet-300-100": ("recipes/mnist/lenet-300-100.yaml", 5000, 2000.0, {"epochs": 10, "learning_rate": 0.001}),
+    "lenet-5": ("recipes/mnist/lenet-5.yaml", 5000, 2000.0, {"epochs": 6, "learning_rate": 0.001}),
+    "resnet-20": ("recipes/cifar10/resnet-20.yaml", 60000, 100.0, {"epochs": 1}),
 }
-"""Recipe, bytes of the file, the first λ of the layerwise search, in points of error, and epochs of fine-tuning."""
+"""Recipe, bytes of the file, the first λ of the layerwise search, in points of error, and the fine-tuning; no ramp."""
 BITS = (2, 3)
 
 
@@ -66,14 +66,15 @@ class Bench:
     """One network, one seed."""
 
     def __init__(self, net: str, seed: int, data_root: str) -> None:
-        path, self.bytes, self.trade_off, epochs = NETS[net]
+        path, self.bytes, self.trade_off, training = NETS[net]
         changes = {
             "seed": seed,
             "data_root": data_root,
             "pruning_rate": None,
             "bits": None,
             "overrides": {},
-            "epochs": epochs,
+            "pruning_ramp": 0.0,
+            **training,
         }
         self.recipe = Recipe.load(ROOT / path, changes)
         self.network = make_network(self.recipe)

@@ -1,0 +1,137 @@
+"""Error against bytes on disk, of every method from the same pretrained weights, data and number of epochs.
+
+    python -m benchmarks.frontier --data-root DIR [--seeds 3] [--methods clipq paper …] [lenet-300-100 lenet-5]
+
+Bytes are those of the file, and the network that is measured is read back from it. Methods see training and validation
+images; the test images are looked at once, at the end of a run, and no setting was chosen by them. Every run is kept in
+``benchmarks/results/frontier.json`` and not repeated. NNCodec runs in an environment of its own, which is made when it
+is not there (``build/nncodec``). Draws ``docs/frontier-NET.svg`` and ``.png`` and writes the tables of
+``docs/results.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import archive
+import matplotlib
+from matplotlib.figure import Figure
+from timing import machine, markdown_table, read_json, replace_between, write_json
+
+from benchmarks.frontier.bench import NETS, ROOT, Bench
+from benchmarks.frontier.deep_compression import deep_compression
+from benchmarks.frontier.others import nncodec, qat
+from benchmarks.frontier.ours import ours, paper
+
+METHODS: dict[str, tuple[str, Callable[[Bench, str, Path], Path]]] = {
+    "clipq": ("clipq, everything on", ours),
+    "paper": ("CLIP-Q as in the paper", paper),
+    "deep-compression": ("Deep Compression", deep_compression),
+    "qat": ("quantization-aware training", qat),
+    "nncodec": ("NNCodec, no training", nncodec),
+}
+PAGE = ROOT / "docs" / "results.md"
+
+
+def measure(net: str, method: str, setting: str, seed: int, data_root: str) -> dict[str, Any]:
+    """One run: what it costs to train, the bytes of its file, the errors of what the file gives back."""
+    bench = Bench(net, seed, data_root)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        path = METHODS[method][1](bench, setting, Path(folder))
+        size = path.stat().st_size
+    return {
+        "bytes": size,
+        "validation_error": bench.error("validation"),
+        "error": bench.error("test"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nets", nargs="*", default=list(NETS), metavar="NET", help=", ".join(NETS))
+    parser.add_argument("--data-root", required=True, help="the folder with the data sets and weights")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    arguments = parser.parse_args()
+    if "nncodec" in arguments.methods and not archive.ENVIRONMENT.exists():
+        archive.set_up()
+    results = read_json("frontier") or {"runs": {}, "float": {}}
+    results["machine"] = machine()
+    for net in arguments.nets:
+        bench = Bench(net, 0, arguments.data_root)
+        size = 4 * sum(tensor.numel() for tensor in bench.network.state_dict().values())
+        results["float"][net] = {"bytes": size, "error": bench.error("test")}
+        for seed in range(arguments.seeds):
+            for method in arguments.methods:
+                for setting in NETS[net].settings.get(method, ()):
+                    key = f"{net} {method} {setting} {seed}"
+                    if key not in results["runs"]:
+                        results["runs"][key] = measure(net, method, setting, seed, arguments.data_root)
+                        write_json("frontier", results)
+                        print(key, results["runs"][key], flush=True)
+    write_json("frontier", results)
+    for net in results["float"]:
+        draw(net, results)
+    replace_between(PAGE, "frontier", "\n\n".join(section(net, results) for net in results["float"]))
+
+
+def points(net: str, method: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A method's settings, each with the medians over its seeds."""
+    found = []
+    for setting in NETS[net].settings.get(method, ()):
+        runs = [run for key, run in results["runs"].items() if key.startswith(f"{net} {method} {setting} ")]
+        if runs:
+            errors = sorted(run["error"] for run in runs)
+            medians = {k: statistics.median(run[k] for run in runs) for k in ("bytes", "error", "validation_error")}
+            found.append({"setting": setting, "errors": errors, **medians})
+    return found
+
+
+def section(net: str, results: dict[str, Any]) -> str:
+    """One network's picture and table."""
+    plain = results["float"][net]
+    rows = []
+    for method, (title, _) in METHODS.items():
+        for point in points(net, method, results):
+            errors = f"{point['errors'][0]:.2f} to {point['errors'][-1]:.2f}"
+            row = [title, point["setting"], f"{point['bytes']:,.0f}", f"{plain['bytes'] / point['bytes']:.0f}×"]
+            rows.append([*row, f"{point['error']:.2f}", errors, str(len(point["errors"]))])
+    table = markdown_table(["method", "setting", "bytes", "smaller", "error, %", "range", "seeds"], rows)
+    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.2f} % error. {NETS[net].epochs} epochs each."
+    return f"### {net}\n\n![Error against bytes on disk, {net}](frontier-{net}.svg)\n\n{in_float}\n\n{table}"
+
+
+def draw(net: str, results: dict[str, Any]) -> None:
+    """The picture, as SVG and PNG."""
+    plain = results["float"][net]
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "clipq"}):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        highest = 3 * plain["error"]
+        for method, (title, _) in METHODS.items():
+            curve = sorted(points(net, method, results), key=lambda point: point["bytes"])
+            if curve:
+                x, y = [p["bytes"] for p in curve], [p["error"] for p in curve]
+                low = [p["error"] - p["errors"][0] for p in curve]
+                high = [p["errors"][-1] - p["error"] for p in curve]
+                style = {"linewidth": 2.5, "color": "black"} if method == "clipq" else {"linewidth": 1.2}
+                axes.errorbar(x, y, [low, high], marker="o", markersize=4, capsize=2, label=title, **style)
+        axes.axhline(plain["error"], color="grey", linestyle=":", label="float32")
+        axes.set(xscale="log", xlabel="bytes on disk", ylabel="test error, %", title=net)
+        axes.set_ylim(0, highest)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False, fontsize=8)
+        for ending, extra in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
+            figure.savefig(ROOT / "docs" / f"frontier-{net}.{ending}", **extra)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The paper's CLIP-Q, and clipq with all that it has beyond the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import clipq
+from benchmarks.frontier.bench import Bench
+from clipq.finetune.loop import fit
+from clipq.finetune.search import search_recipe
+from clipq.finetune.watch import Silent
+from clipq.search import Target
+from clipq.search.settings import Silent as SilentSearch
+
+RAMP = 0.6
+
+
+def ours(bench: Bench, setting: str, folder: Path) -> Path:
+    """Searched for so many bytes, pruned little by little, held at the bytes; biases quantized as well.
+
+    Args:
+        setting: bytes of the file.
+    """
+    return _compressed(bench, folder, Target(bytes=int(setting)), int(setting), pruning_ramp=RAMP)
+
+
+def paper(bench: Bench, setting: str, folder: Path) -> Path:
+    """The layerwise search for λ, and p and b fixed from the first step; weights alone.
+
+    Args:
+        setting: λ, in points of error.
+    """
+    changes = {"search_method": "layerwise", "include": ()}
+    return _compressed(bench, folder, Target(trade_off=float(setting)), None, **changes)
+
+
+def _compressed(bench: Bench, folder: Path, target: Target, hold: int | None, **changes: Any) -> Path:
+    recipe = bench.recipe.model_copy(update=changes)
+    weights = {name: tensor.clone() for name, tensor in bench.network.state_dict().items()}
+    record = search_recipe(bench.fabric, bench.network, bench.data, recipe, target, None, SilentSearch())
+    bench.network.load_state_dict(weights)
+    plan = fit(
+        bench.fabric,
+        bench.network,
+        bench.data,
+        recipe,
+        record.plan,
+        epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        watcher=Silent(),
+        hold_bytes=hold,
+    )
+    path = folder / "model.clipq"
+    clipq.save(bench.network, path, plan=plan)
+    clipq.load(path, into=bench.network)
+    return path
