@@ -3,7 +3,8 @@
     python benchmarks/imagenet_costs.py
 
 Writes the table of ``docs/imagenet.md``. Multiplications, and the activations that training keeps, are counted on
-torch's meta device. A step of training counts as three forward passes, one forward and two back.
+torch's meta device. A step of training counts as three forward passes, one forward and two back, and one more for the
+uncompressed network where that is distilled from.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def costs(recipe: Recipe, network: Network, reference: Network) -> dict[str, flo
     finalists = (FINALISTS + 1) * (samples + recipe.search_steps * step)
     prices = samples * (1 + network.groups)
     search = alone + samples * WHOLE_PLANS + screened + finalists + prices
-    training = 3 * recipe.epochs * TRAINING_IMAGES * (1 - recipe.validation_fraction)
+    passes = 4 if recipe.distillation else 3
+    training = passes * recipe.epochs * TRAINING_IMAGES * (1 - recipe.validation_fraction)
     slower = max(network.operations / reference.operations, network.kept / reference.kept)
     forwards_a_second = 3 * RESNET50_RATE / slower
     return {
@@ -88,7 +90,8 @@ def costs(recipe: Recipe, network: Network, reference: Network) -> dict[str, flo
         "training": training,
         "search hours": search / forwards_a_second / 3600,
         "training hours": training / forwards_a_second / 3600,
-        "memory": 4 * COPIES[recipe.optimizer] * network.parameters + recipe.batch_size * network.kept / 2,
+        "memory": 4 * (COPIES[recipe.optimizer] + passes - 3) * network.parameters
+        + recipe.batch_size * network.kept / 2,
     }
 
 

@@ -4,9 +4,9 @@
 
 Runs each recipe as it is (``clipq compress``) with several seeds, and beside it two-stage compression with the same
 plan, the same total epochs and the same learning-rate schedule in each stage: prune for good, little by little if the
-recipe does, and fine-tune what is left, then quantize what is left and fine-tune. Runs are kept in ``runs/recipes`` and not repeated; their files are written
-and measured anew each time. Writes ``benchmarks/results/recipes.json``, the page ``docs/results.md`` and the table of
-the README.
+recipe does, and fine-tune what is left, then quantize what is left and fine-tune. Runs are kept in ``runs/recipes`` and
+not repeated; their files are written and measured anew each time. Writes ``benchmarks/results/recipes.json``, the page
+``docs/results.md`` and the table of the README.
 """
 
 from __future__ import annotations
