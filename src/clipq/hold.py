@@ -22,16 +22,19 @@ _AIM = 1 - SHORTFALL / 4
 _TRIES = 16
 
 
-def file_bytes(model: nn.Module | Mapping[str, Tensor], plan: Plan) -> int:
+def file_bytes(model: nn.Module | Mapping[str, Tensor], plan: Plan, known: archive.EncodedTensors | None = None) -> int:
     """The bytes of the file that `clipq.save` would write of a model.
 
     Of a model that is split over processes all of them must call it; one encodes, and all are told.
+
+    Args:
+        known: tensors encoded in earlier calls.
     """
     state = sharded.named_tensors(model)
     if sharded.is_split(state):
-        return sharded.on_first_rank(state, lambda whole: file_bytes(whole, plan))
+        return sharded.on_first_rank(state, lambda whole: file_bytes(whole, plan, known))
     planned = {name: archive.Planned(t.pruning_rate, t.bits) for name, t in plan.tensors.items()}
-    return len(archive.encode_file(files.to_arrays(state), planned=planned))
+    return len(archive.encode_file(files.to_arrays(state), planned=planned, known=known))
 
 
 class SizeHolder:

@@ -23,6 +23,7 @@ from clipq.errors import ArchiveError
 
 OLD = archive.encode_file({"w": np.zeros(10)})
 NEW = archive.encode_file({"w": np.random.default_rng(0).normal(size=200_000)})
+EFFORTS: tuple[archive.Effort, ...] = ("default", "max")
 TRACEME, RESUME_TO_SYSTEM_CALL = 0, 24  # of ptrace
 PTRACE = ctypes.CDLL(None).ptrace
 PTRACE.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -141,3 +142,36 @@ def test_an_old_files_permissions_are_kept(target: Path) -> None:
     target.chmod(0o640)
     archive.write_file(target, NEW)
     assert target.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("most_bytes", [0, 2000, 2**20])
+def test_tensors_that_were_encoded_before_change_no_byte(most_bytes: int) -> None:
+    rng = np.random.default_rng(0)
+    tensors: dict[str, writer.Array] = {
+        "codes": rng.integers(0, 5, (60, 400)).astype(np.float32),
+        "alike": rng.integers(0, 5, (400, 60)).astype(np.float32),
+        "raw": rng.normal(size=30_000).astype(np.float32),
+        "small": rng.normal(size=7).astype(np.float16),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    tensors["alike"][:] = tensors["codes"].reshape(400, 60)
+    known = archive.EncodedTensors(most_bytes)
+    for _ in range(12):
+        for effort in EFFORTS:
+            again = archive.encode_file(tensors, effort=effort, known=known)
+            assert again == archive.encode_file(tensors, effort=effort)
+        changed = tensors[str(rng.choice(["codes", "raw", "small"]))]
+        changed.reshape(-1)[int(rng.integers(changed.size))] += 1
+
+
+def test_a_tensor_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    encode = writer._encode_tensor
+    monkeypatch.setattr(writer, "_encode_tensor", lambda *arguments: calls.append(1) or encode(*arguments))
+    known = archive.EncodedTensors()
+    tensors = {name: np.full((4, 5), float(i)) for i, name in enumerate("abc")}
+    for _ in range(3):
+        archive.encode_file(tensors, known=known)
+    assert len(calls) == 3
+    archive.encode_file(tensors | {"b": np.zeros((2, 2))}, known=known)
+    assert len(calls) == 4

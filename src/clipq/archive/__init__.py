@@ -7,11 +7,12 @@
 from clipq.archive.container import Planned, TensorHeader
 from clipq.archive.reader import Archive
 from clipq.archive.sources import Source
-from clipq.archive.writer import Effort, Tied, encode_file, encoded_size, scan_of, write_file
+from clipq.archive.writer import Effort, EncodedTensors, Tied, encode_file, encoded_size, scan_of, write_file
 
 __all__ = [
     "Archive",
     "Effort",
+    "EncodedTensors",
     "Planned",
     "Source",
     "TensorHeader",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +51,35 @@ class _Stored:
     swapped: bool = False
 
 
+class EncodedTensors:
+    """Tensors as they were encoded, by their content, for files that differ in some tensors alone.
+
+    Args:
+        most_bytes: what is kept at most; those not used for longest go first.
+    """
+
+    def __init__(self, most_bytes: int = 2**26) -> None:
+        self._most_bytes = most_bytes
+        self._stored: OrderedDict[tuple[object, ...], _Stored] = OrderedDict()
+        self._bytes = 0
+
+    def find(self, array: Array, effort: Effort, encode: Callable[[], _Stored]) -> _Stored:
+        """The array encoded, by ``encode`` if it is not known."""
+        key = (effort, array.dtype.str, array.shape, hashlib.sha256(_bytes(array).data).digest())
+        if key not in self._stored:
+            self._stored[key] = encode()
+            self._bytes += _kept(self._stored[key])
+        self._stored.move_to_end(key)
+        found = self._stored[key]
+        while self._bytes > self._most_bytes:
+            self._bytes -= _kept(self._stored.popitem(last=False)[1])
+        return found
+
+
+def _kept(stored: _Stored) -> int:
+    return sum(map(len, stored.payloads)) + 256
+
+
 def encode_file(
     tensors: Mapping[str, Array | Tied],
     *,
@@ -56,6 +87,7 @@ def encode_file(
     metadata: Mapping[str, str] | None = None,
     effort: Effort = "default",
     threads: int | None = None,
+    known: EncodedTensors | None = None,
 ) -> bytes:
     """A whole file in memory.
 
@@ -65,6 +97,7 @@ def encode_file(
         metadata: free text.
         effort: "default", or "max" for the smallest file.
         threads: how many to encode with; None for one per core.
+        known: tensors encoded for other files; those of this file are added. The bytes are the same with and without.
 
     Raises:
         ArchiveError: a tensor that cannot be stored, or an unknown effort.
@@ -73,7 +106,13 @@ def encode_file(
     for name, array in arrays.items():
         dtypes.code_of(array, name)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        stored = {name: _encode_tensor(array, name, effort, pool) for name, array in arrays.items()}
+
+        def encoded(name: str, array: Array) -> _Stored:
+            if known is None:
+                return _encode_tensor(array, name, effort, pool)
+            return known.find(array, effort, lambda: _encode_tensor(array, name, effort, pool))
+
+        stored = {name: encoded(name, array) for name, array in arrays.items()}
     groups = _groups({name: array for name, array in arrays.items() if stored[name].kind == "group"})
     payloads = [_encode_group([arrays[name] for name in group], effort) for group in groups]
     group_of = {name: i for i, group in enumerate(groups) for name in group}

@@ -16,6 +16,7 @@ import torch
 from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial
 
+from clipq.archive import EncodedTensors
 from clipq.errors import SearchError
 from clipq.hold import file_bytes
 from clipq.plan import Plan
@@ -51,6 +52,7 @@ class Context:
     schedule: Schedule = field(default_factory=Schedule)
     base_cost: float = 0.0
     base_score: float = 0.0
+    _encoded: EncodedTensors = field(default_factory=EncodedTensors)
 
     @property
     def float32_bytes(self) -> int:
@@ -137,7 +139,7 @@ class Context:
             with torch.no_grad():
                 for group, theta in zip(self.groups, thetas, strict=True):
                     quantize_group(group, theta, self.evaluator.weights, self.evaluator.tensors())
-            return file_bytes(model, plan_of(self.groups, thetas))
+            return file_bytes(model, plan_of(self.groups, thetas), self._encoded)
         finally:
             self.evaluator.restore()
 
