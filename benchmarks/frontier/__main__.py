@@ -4,15 +4,18 @@
 
 Bytes are those of the file, and the network that is measured is read back from it. Methods see training and validation
 images; the test images are looked at once, at the end of a run, and no setting was chosen by them. Every run is kept in
-``benchmarks/results/frontier.json`` and not repeated. NNCodec runs in an environment of its own, which is made when it
-is not there (``build/nncodec``). Draws ``docs/frontier-NET.svg`` and ``.png`` and writes the tables of
-``docs/results.md``.
+``benchmarks/results/frontier.json`` and not repeated. NNCodec and NNCF run in environments of their own, which are made
+when they are not there (``build/nncodec``, ``build/nncf``). Draws ``docs/frontier-NET.svg`` and ``.png`` and writes
+the tables of ``docs/results.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,17 +29,44 @@ from timing import machine, markdown_table, read_json, replace_between, write_js
 
 from benchmarks.frontier.bench import NETS, ROOT, Bench
 from benchmarks.frontier.deep_compression import deep_compression
-from benchmarks.frontier.others import nncodec, qat
-from benchmarks.frontier.ours import ours, paper
+from benchmarks.frontier.others import nncf, nncodec, qat
+from benchmarks.frontier.ours import at_once, ours, paper
 
 METHODS: dict[str, tuple[str, Callable[[Bench, str, Path], Path]]] = {
     "clipq": ("clipq, everything on", ours),
+    "at-once": ("the same, pruned at once", at_once),
     "paper": ("CLIP-Q as in the paper", paper),
     "deep-compression": ("Deep Compression", deep_compression),
     "qat": ("quantization-aware training", qat),
+    "nncf": ("NNCF, pruning and 8 bits", nncf),
     "nncodec": ("NNCodec, no training", nncodec),
 }
 PAGE = ROOT / "docs" / "results.md"
+
+
+NNCF, NNCF_ENVIRONMENT = "nncf==3.4.0", ROOT / "build" / "nncf"
+
+
+def set_up(methods: list[str]) -> None:
+    """Make the environments of the peers among the methods."""
+    if "nncodec" in methods and not archive.ENVIRONMENT.exists():
+        archive.set_up()
+    if "nncf" in methods and not NNCF_ENVIRONMENT.exists():
+        subprocess.run([sys.executable, "-m", "venv", NNCF_ENVIRONMENT], check=True)
+        install = [NNCF_ENVIRONMENT / "bin" / "pip", "install", "--quiet", "-c", "constraints.txt", "-e", ".", NNCF]
+        subprocess.run(install, check=True, cwd=ROOT)
+
+
+def measured(net: str, method: str, setting: str, seed: int, data_root: str) -> dict[str, Any]:
+    """`measure`, in the method's own environment if it has one."""
+    if method != "nncf":
+        return measure(net, method, setting, seed, data_root)
+    call = f"measure({net!r}, {method!r}, {setting!r}, {seed}, {data_root!r})"
+    code = f"import json\nfrom benchmarks.frontier.__main__ import measure\nprint(json.dumps({call}))"
+    command = [NNCF_ENVIRONMENT / "bin" / "python", "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def measure(net: str, method: str, setting: str, seed: int, data_root: str) -> dict[str, Any]:
@@ -61,8 +91,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     arguments = parser.parse_args()
-    if "nncodec" in arguments.methods and not archive.ENVIRONMENT.exists():
-        archive.set_up()
+    set_up(arguments.methods)
     results = read_json("frontier") or {"runs": {}, "float": {}}
     results["machine"] = machine()
     for net in arguments.nets:
@@ -74,7 +103,7 @@ def main() -> None:
                 for setting in NETS[net].settings.get(method, ()):
                     key = f"{net} {method} {setting} {seed}"
                     if key not in results["runs"]:
-                        results["runs"][key] = measure(net, method, setting, seed, arguments.data_root)
+                        results["runs"][key] = measured(net, method, setting, seed, arguments.data_root)
                         write_json("frontier", results)
                         print(key, results["runs"][key], flush=True)
     write_json("frontier", results)

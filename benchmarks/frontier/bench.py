@@ -45,9 +45,11 @@ NETS = {
         0.002,
         {
             "clipq": ("8500", "5300", "4300"),
+            "at-once": ("5300", "4300"),
             "paper": ("500", "2000", "8000"),
             "deep-compression": ("0.92,4", "0.95,3", "0.97,3"),
             "qat": ("4", "3", "2"),
+            "nncf": ("0.9", "0.95"),
             "nncodec": ("-26", "-20", "-16"),
         },
     ),
@@ -57,9 +59,11 @@ NETS = {
         0.002,
         {
             "clipq": ("6800", "4000", "2840"),
+            "at-once": ("4000",),
             "paper": ("500", "2000", "8000"),
             "deep-compression": ("0.95,4", "0.98,3"),
             "qat": ("3", "2"),
+            "nncf": ("0.9", "0.95"),
             "nncodec": ("-26", "-20", "-16"),
         },
     ),
@@ -80,7 +84,7 @@ class Bench:
             "pruning_ramp": 0.0,
         }
         self.recipe = Recipe.load(ROOT / self.net.recipe, changes)
-        self.network = make_network(self.recipe)
+        self.network: Any = make_network(self.recipe)
         load_weights(self.network, find_weights(self.recipe))
         fraction = self.recipe.validation_fraction
         self.data = load_data(self.recipe.data, data_root, seed, validation_fraction=fraction)

@@ -1,4 +1,4 @@
-"""Uniform quantization-aware training, and NNCodec on the float network."""
+"""Uniform quantization-aware training, NNCF, and NNCodec on the float network."""
 
 from __future__ import annotations
 
@@ -46,20 +46,64 @@ def qat(bench: Bench, setting: str, folder: Path) -> Path:
     for layer, step in steps.items():
         parametrize.register_parametrization(layer, "weight", step)
     bench.train(bench.network.parameters(), range(bench.net.epochs))
-    parts = []
+    codes = {}
     with torch.no_grad():
         for layer, step in steps.items():
-            codes = step.codes(layer.parametrizations.weight.original)
-            packed = np.unpackbits((codes.flatten().numpy() + step.most).astype(np.uint8)[:, None], axis=1)[:, -bits:]
-            content = lzma.compress(np.packbits(packed).tobytes(), lzma.FORMAT_RAW, filters=FILTERS)
-            parts += [step.step.numpy().tobytes(), content, layer.bias.detach().numpy().tobytes()]
-            unpacked = np.unpackbits(
-                np.frombuffer(lzma.decompress(content, lzma.FORMAT_RAW, filters=FILTERS), np.uint8)
-            )
-            values = unpacked[: packed.size].reshape(-1, bits) @ (1 << np.arange(bits)[::-1])
+            codes[layer] = step.codes(layer.parametrizations.weight.original), step.step
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            restored = torch.from_numpy(values - step.most).float().reshape(layer.weight.shape) * step.step
-            layer.weight.copy_(restored)
+    return _through_a_file(codes, bits, folder)
+
+
+def nncf(bench: Bench, setting: str, folder: Path) -> Path:
+    """NNCF's pruning by magnitude, then its training with 8-bit weights and activations, half of the epochs each.
+
+    Its own files keep a byte a weight at least; here the codes are packed as for `qat`.
+
+    Args:
+        setting: the share of weights pruned.
+    """
+    import nncf
+    from nncf.parameters import PruneMode
+
+    inputs, _ = next(bench.data.batches("validation", 300))
+    mode, half = PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, bench.net.epochs // 2
+    names = {module: name for name, module in bench.network.named_modules()}
+    layers = [module for module in names if isinstance(module, nn.Linear | nn.Conv2d)]
+    bench.network = nncf.prune(bench.network, mode, ratio=float(setting), examples_inputs=inputs[:2])
+    bench.train(bench.network.parameters(), range(half))
+    bench.network = nncf.quantize(bench.network, nncf.Dataset(inputs.split(1)))
+    bench.train(bench.network.parameters(), range(half, bench.net.epochs))
+    hooks = dict(bench.network.named_modules())
+    codes = {}
+    with torch.no_grad():
+        for layer in layers:
+            mask = hooks[f"__nncf_hooks.post_hooks.{names[layer]}:weight__0.0"]
+            quantizer = next(
+                m
+                for n, m in hooks.items()
+                if n.startswith(f"__nncf_hooks.pre_hooks.{names[layer]}/") and n.endswith("__1.0")
+            )
+            step = quantizer.scale / 127
+            codes[layer] = (quantizer(mask(layer.weight)) / step).round().to(torch.int8), step
+    return _through_a_file(codes, 8, folder)
+
+
+Codes = dict[nn.Linear | nn.Conv2d, tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def _through_a_file(codes: Codes, bits: int, folder: Path) -> Path:
+    """Write integer codes, -most to most, packed in bits and then by LZMA, steps and biases; give the layers what the
+    file has."""
+    most, parts = 2 ** (bits - 1) - 1, []
+    for layer, (integers, step) in codes.items():
+        unsigned = (integers.flatten().numpy().astype(np.int16) + most).astype(np.uint8)
+        packed = np.packbits(np.unpackbits(unsigned[:, None], axis=1)[:, -bits:])
+        content = lzma.compress(packed.tobytes(), lzma.FORMAT_RAW, filters=FILTERS)
+        parts += [step.detach().numpy().tobytes(), content, layer.bias.detach().numpy().tobytes()]
+        unpacked = np.frombuffer(lzma.decompress(content, lzma.FORMAT_RAW, filters=FILTERS), np.uint8)
+        values = np.unpackbits(unpacked)[: unsigned.size * bits].reshape(-1, bits) @ (1 << np.arange(bits)[::-1])
+        layer.weight.copy_(torch.from_numpy(values - most).float().reshape(layer.weight.shape) * step)
     path = folder / "model.bin"
     path.write_bytes(b"".join(parts))
     return path

@@ -25,6 +25,11 @@ def ours(bench: Bench, setting: str, folder: Path) -> Path:
     return _compressed(bench, folder, Target(bytes=int(setting)), int(setting), pruning_ramp=RAMP)
 
 
+def at_once(bench: Bench, setting: str, folder: Path) -> Path:
+    """`ours` without the ramp: the ablation of it."""
+    return _compressed(bench, folder, Target(bytes=int(setting)), int(setting))
+
+
 def paper(bench: Bench, setting: str, folder: Path) -> Path:
     """The layerwise search for λ, and p and b fixed from the first step; weights alone.
 
