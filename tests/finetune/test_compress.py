@@ -290,3 +290,31 @@ def test_data_of_ones_own_without_a_test_set_is_reported_on_validation(tmp_path:
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["part"] == "validation"
     assert (tmp_path / "runs" / "wide" / "model.clipq").exists()
+
+
+def test_the_terminal_names_few_of_many_tensors_left_out_and_the_page_all(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def deep(): return nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64) for _ in range(9)), nn.Linear(64, 10))\n"
+    )
+    options = ["--model", "mine.py:deep", "--data", "digits", "--pruning-rate", "0.5", "--bits", "3"]
+    done = clipq_program(
+        "compress",
+        *options,
+        "--float-epochs",
+        "1",
+        "--epochs",
+        "1",
+        "--limit-steps",
+        "2",
+        "--out",
+        "run",
+        folder=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    biases = [f"{i}.bias" for i in range(1, 11)]
+    printed = " ".join(done.stdout.split())
+    reason = "Not compressed (bias of Linear, not compressed by default): "
+    assert f"{reason}{', '.join(biases[:6])}, and 4 more, which report.md names" in printed
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert reason + ", ".join(biases) in page
