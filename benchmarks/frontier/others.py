@@ -84,7 +84,7 @@ def nncf(bench: Bench, setting: str, folder: Path) -> Path:
                 if n.startswith(f"__nncf_hooks.pre_hooks.{names[layer]}/") and n.endswith("__1.0")
             )
             step = quantizer.scale / 127
-            codes[layer] = (quantizer(mask(layer.weight)) / step).round().to(torch.int8), step
+            codes[layer] = (quantizer(mask(layer.weight)) / step).round().clamp(-127, 127).to(torch.int8), step
     return _through_a_file(codes, 8, folder)
 
 
