@@ -46,7 +46,8 @@ class Recipe(BaseModel):
     )
     data: str = Field(
         description="The data: digits, mnist, cifar10, a data file (.yaml) that says where pictures lie, or "
-        "'file.py:function' that returns (training, validation) data sets, or (training, validation, test)."
+        "'file.py:function' that returns (training, validation) data sets, or (training, validation, test), of inputs "
+        "and labels: a whole number a sample, or one a position."
     )
     weights: str | None = Field(
         None,

@@ -122,7 +122,7 @@ def test_without_a_test_set_asking_for_it_is_an_error(tmp_path: Path) -> None:
         ("def make():\n    return [(object(), 1)], []", r"\(object, int\), which torch cannot put into a batch"),
         ("def make():\n    return [(torch.zeros(2), 'cat')], []", "each must be a pair"),
         ("def make():\n    return [(torch.zeros(2), 0.5)], []", "labels are torch.float64 of shape .*whole number"),
-        ("def make():\n    return [(torch.zeros(2), torch.zeros(3).long())], []", r"of shape \(1, 3\)"),
+        ("def make():\n    return [(torch.zeros(2), torch.zeros(3))], []", r"of shape \(1, 3\)"),
         (
             "class D(Dataset):\n    def __len__(self): return 3\ndef make():\n    return D(), D()",
             "raised NotImplementedError",

@@ -90,8 +90,9 @@ def check_labels(targets: Tensor, num_classes: int, where: str) -> None:
     """
     wrong = (targets < 0) | (targets >= num_classes)
     if bool(wrong.any()):
-        first = int(wrong.nonzero()[0])
+        first, *within = wrong.nonzero()[0].tolist()
+        place = f"position {first}" if not within else f"position {first}, {tuple(within)} in the sample,"
         raise DataError(
-            f"{where}: label {int(targets[first])} at position {first} is out of range; with {num_classes} classes, "
+            f"{where}: label {int(targets[wrong][0])} at {place} is out of range; with {num_classes} classes, "
             f"labels are 0 to {num_classes - 1}. Check the labels, or give the network more outputs"
         )

@@ -25,8 +25,9 @@ ACCEPTED = (
 class UserSamples(Samples):
     """Samples that a data set of the user's makes one by one.
 
-    Batches are as the data set makes them, with int64 targets of shape (B,). Their order depends on seed and epoch
-    alone and can be resumed; random transforms inside the data set draw from the generators they choose.
+    Batches are as the data set makes them, with int64 targets of shape (B,), or (B, ...) where a sample has a label at
+    each of several positions, such as the characters of a text or the pixels of an image. Their order depends on seed
+    and epoch alone and can be resumed; random transforms inside the data set draw from the generators they choose.
 
     Attributes:
         name: in errors; the function and the part, such as "data.py:make, training set".
@@ -100,9 +101,10 @@ def checked_batch(made: object, num_classes: int | None, where: str) -> Batch:
     if not (isinstance(made, tuple | list) and len(made) == 2 and all(isinstance(part, Tensor) for part in made)):
         raise DataError(f"{where}: samples make {_described(made)}; each must be a pair (input, label)")
     inputs, targets = made
-    if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex() or len(inputs) != len(targets):
+    if not targets.dim() or targets.is_floating_point() or targets.is_complex() or len(inputs) != len(targets):
         raise DataError(
-            f"{where}: labels are {targets.dtype} of shape {tuple(targets.shape)}; each sample needs one whole number"
+            f"{where}: labels are {targets.dtype} of shape {tuple(targets.shape)}; each sample needs one whole number, "
+            f"or one for each of its positions"
         )
     targets = targets.long()
     if num_classes is not None:

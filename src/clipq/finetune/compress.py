@@ -289,9 +289,9 @@ def number_of_outputs(network: nn.Module, data: Data, recipe: Recipe, device: to
     """How many classes the network tells apart, found by running it on two samples.
 
     Raises:
-        RecipeError: it does not run on the data, or its output is no (batch, classes) tensor.
+        RecipeError: it does not run on the data, or its output has no scores of classes for each label.
     """
-    inputs, _ = next(data.batches("validation", 2, channels_last=recipe.channels_last))
+    inputs, targets = next(data.batches("validation", 2, channels_last=recipe.channels_last))
     network.eval()
     try:
         outputs = network(inputs.to(device))
@@ -300,11 +300,13 @@ def number_of_outputs(network: nn.Module, data: Data, recipe: Recipe, device: to
             f"model {recipe.model!r} does not run on the data {recipe.data!r}, whose inputs are "
             f"{tuple(inputs.shape)}: {type(cause).__name__}: {cause}"
         ) from cause
-    if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2 or len(outputs) != len(inputs):
+    wanted = len(inputs), *targets.shape[1:]
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() < 2 or (len(outputs), *outputs.shape[2:]) != wanted:
         shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
         raise RecipeError(
-            f"model {recipe.model!r} returns {shape} for {len(inputs)} samples; a classifier returns a tensor of "
-            f"(samples, classes)"
+            f"model {recipe.model!r} returns {shape} for {len(inputs)} samples with labels of {tuple(targets.shape)}; "
+            f"it must return a tensor of (samples, classes), or (samples, classes, positions) where there is a label "
+            f"at each position"
         )
     return outputs.shape[1]
 

@@ -16,7 +16,7 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Objective:
-    """The cross-entropy on the labels (nats a sample); smoothing gives that share of each target to all classes."""
+    """The cross-entropy on the labels (nats a label); smoothing gives that share of each target to all classes."""
 
     def loss(network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(network(inputs), targets, label_smoothing=label_smoothing)
@@ -25,17 +25,19 @@ def cross_entropy(label_smoothing: float = 0.0) -> Objective:
 
 
 def distillation_loss(outputs: Tensor, teacher_outputs: Tensor, temperature: float) -> Tensor:
-    """How far outputs are from a teacher's: T² KL(teacher / T ‖ outputs / T) of the softmax, in the mean over samples.
+    """How far outputs are from a teacher's: T² KL(teacher / T ‖ outputs / T) of the softmax, in the mean over samples
+    and positions.
 
     The factor T² keeps the size of the gradients (Hinton, Vinyals, Dean: Distilling the knowledge in a neural network,
     2015, section 2).
 
     Args:
-        outputs, teacher_outputs: logits, shape (samples, classes).
+        outputs, teacher_outputs: logits, shape (samples, classes), or (samples, classes, ...) for several positions.
         temperature: T > 0.
     """
     ours, theirs = (F.log_softmax(logits.float() / temperature, dim=1) for logits in (outputs, teacher_outputs))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    total = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return temperature**2 * total / (ours.numel() // ours.shape[1])
 
 
 class Distillation:

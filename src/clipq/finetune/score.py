@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Score:
-    """Top-1 accuracy and mean cross-entropy (nats a sample) on ``count`` samples."""
+    """Top-1 accuracy and mean cross-entropy (nats) on ``count`` labels: one a sample, or one a position of a sample."""
 
     correct: int
     count: int
@@ -42,7 +42,8 @@ def score(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: 
     """Evaluate a network in float32; its training mode is kept.
 
     Args:
-        batches: pairs of inputs and class labels (int64).
+        batches: pairs of inputs and class labels: int64, shape (B,) or (B, ...). The network's outputs are logits of
+            shape (B, classes) or (B, classes, ...).
     """
     training = network.training
     network.eval()
@@ -53,7 +54,7 @@ def score(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: 
             targets = targets.to(device)
             correct += int((outputs.argmax(1) == targets).sum())
             loss += float(F.cross_entropy(outputs.float(), targets, reduction="sum"))
-            count += len(targets)
+            count += targets.numel()
     finally:
         network.train(training)
     return Score(correct, count, loss / max(count, 1))

@@ -101,11 +101,12 @@ def search_batches(data: Data, recipe: Recipe, device: torch.device) -> list[tup
         left -= len(batches[-1][1])
         if left <= 0:
             break
-    classes = set(torch.cat([targets for _, targets in batches]).tolist())
+    classes = set(torch.cat([targets.flatten() for _, targets in batches]).tolist())
     if len(classes) < 2:
+        labels = sum(targets.numel() for _, targets in batches)
         raise DataError(
-            f"data {recipe.data!r}: all {sum(len(t) for _, t in batches)} samples that the search evaluates on are of "
-            f"class {classes.pop()}; give data of several classes, or more search_samples"
+            f"data {recipe.data!r}: all {labels} labels that the search evaluates on are of class {classes.pop()}; "
+            f"give data of several classes, or more search_samples"
         )
     return batches
 
@@ -122,7 +123,7 @@ def top_1_error(batches: list[tuple[Tensor, Tensor]]) -> Evaluate:
 
 def _summed(batches: list[tuple[Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Tensor], unit: float) -> Evaluate:
     """What a non-negative loss comes to in the mean; on the way, what it comes to at least."""
-    count = sum(len(targets) for _, targets in batches)
+    count = sum(targets.numel() for _, targets in batches)
 
     def evaluate(network: nn.Module) -> Iterator[float]:
         network.eval()

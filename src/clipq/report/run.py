@@ -143,7 +143,7 @@ def to_markdown(report: RunReport) -> str:
     parts = [
         f"# {report.recipe.model} on {report.recipe.data}",
         markdown(_SUMMARY, _summary_rows(report)),
-        f"Top-1 in per cent on the {report.part} set ({report.after.count} samples), before and after compression, and "
+        f"Top-1 in per cent on the {report.part} set ({report.after.count} labels), before and after compression, and "
         f"once more from the file as loaded by a fresh process. Bytes are the file's; the ratio is against the same "
         f"network in float32.",
         *_aim_section(report),
