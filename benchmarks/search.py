@@ -3,8 +3,8 @@
     python benchmarks/search.py --data-root DIR [--seeds 3] [lenet-300-100 lenet-5 resnet-20]
 
 For each network and seed, five ways choose pruning rates and bit widths for a file of the same size; each plan is
-then fine-tuned for a few epochs, without a ramp, with the file held at the size. Shown are the top-1 errors on the test set before
-and after fine-tuning. The ways see training and validation data only.
+then fine-tuned for a few epochs, without a ramp, with the file held at the size. Shown are the top-1 errors on the test
+set before and after fine-tuning. The ways see training and validation data only.
 
 - default: `clipq search`.
 - layerwise: the paper's search, with as many evaluations. Its λ is the first of a geometric series whose plan is no
