@@ -41,29 +41,29 @@ METHODS: dict[str, tuple[str, Callable[[Bench, str, Path], Path]]] = {
     "nncf": ("NNCF, pruning and 8 bits", nncf),
     "nncodec": ("NNCodec, no training", nncodec),
 }
+NNCF = "nncf==3.4.0"
+ENVIRONMENTS = {"nncf": ROOT / "build" / "nncf"}
+"""Of the methods that run in one of their own from beginning to end."""
 PAGE = ROOT / "docs" / "results.md"
-
-
-NNCF, NNCF_ENVIRONMENT = "nncf==3.4.0", ROOT / "build" / "nncf"
 
 
 def set_up(methods: list[str]) -> None:
     """Make the environments of the peers among the methods."""
     if "nncodec" in methods and not archive.ENVIRONMENT.exists():
         archive.set_up()
-    if "nncf" in methods and not NNCF_ENVIRONMENT.exists():
-        subprocess.run([sys.executable, "-m", "venv", NNCF_ENVIRONMENT], check=True)
-        install = [NNCF_ENVIRONMENT / "bin" / "pip", "install", "--quiet", "-c", "constraints.txt", "-e", ".", NNCF]
+    if "nncf" in methods and not ENVIRONMENTS["nncf"].exists():
+        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENTS["nncf"]], check=True)
+        install = [ENVIRONMENTS["nncf"] / "bin" / "pip", "install", "--quiet", "-c", "constraints.txt", "-e", ".", NNCF]
         subprocess.run(install, check=True, cwd=ROOT)
 
 
 def measured(net: str, method: str, setting: str, seed: int, data_root: str) -> dict[str, Any]:
     """`measure`, in the method's own environment if it has one."""
-    if method != "nncf":
+    if method not in ENVIRONMENTS:
         return measure(net, method, setting, seed, data_root)
     call = f"measure({net!r}, {method!r}, {setting!r}, {seed}, {data_root!r})"
     code = f"import json\nfrom benchmarks.frontier.__main__ import measure\nprint(json.dumps({call}))"
-    command = [NNCF_ENVIRONMENT / "bin" / "python", "-c", code]
+    command = [ENVIRONMENTS[method] / "bin" / "python", "-c", code]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

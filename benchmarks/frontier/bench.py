@@ -92,7 +92,7 @@ class Bench:
         self.steps_per_epoch = self.data.batches("train", self.recipe.batch_size).total
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that every method but ours leaves the biases out of."""
+        """The weight tensors, without biases: all that the methods other than ours compress."""
         return {name: p for name, p in self.network.named_parameters() if p.dim() > 1}
 
     def train(
