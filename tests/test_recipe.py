@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import typer.main
 
 from clipq import ClipqError
 from clipq.cli.app import app
-from clipq.cli.compress import recipe_of
+from clipq.cli.compress import changes_of, recipe_of
 from clipq.finetune.compress import make_plan
 from clipq.models import build
 from clipq.recipe import Recipe
@@ -46,6 +47,22 @@ def test_options_mean_what_the_fields_mean() -> None:
         "channels_last": True,
     }
     assert made == Recipe.make(expected)
+
+
+def test_none_takes_any_optional_field_out_on_the_command_line() -> None:
+    program: Any = typer.main.get_command(app)
+    command = program.commands["compress"]
+    optional = [n for n, f in Recipe.model_fields.items() if type(None) in typing.get_args(f.annotation)]
+    assert {"weights", "ratio", "bits", "clip_norm", "bytes"} <= set(optional)
+    words = [word for name in optional for word in (f"--{name.replace('_', '-')}", "none")]
+    values = command.make_context("compress", words).params
+    assert {name: values[name] for name in optional} == dict.fromkeys(optional, "none")
+    assert changes_of({name: values[name] for name in optional}) == dict.fromkeys(optional)
+    numbers = command.make_context("compress", ["--ratio", "9", "--bits", "2"]).params
+    assert (numbers["ratio"], numbers["bits"]) == (9.0, 2)
+    for words in (["--ratio", "many"], ["--bits", "2.5"]):
+        with pytest.raises(Exception, match=f"'{words[1]}' is not a valid (float|int), nor none"):
+            command.make_context("compress", words)
 
 
 def test_options_change_a_recipe_file(tmp_path: Path) -> None:

@@ -108,13 +108,15 @@ def with_recipe_options(command: Callable[..., None], doc: str) -> Callable[...,
     for name, field in Recipe.model_fields.items():
         flag = "--" + name.replace("_", "-")
         default = "" if field.is_required() or field.default in (None, (), {}) else f" [default: {field.default}]"
+        accepted = _option_type(field.annotation)
+        number = next((kind for kind in (int, float) if accepted == kind | None), None)
         option = typer.Option(
             f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag,
             help=(field.description or "") + default,
             show_default=False,
             rich_help_panel="The recipe's fields",
+            parser=_or_none(number) if number and type(None) in typing.get_args(field.annotation) else None,
         )
-        accepted = _option_type(field.annotation)
         options.append(
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[accepted, option]
@@ -144,6 +146,19 @@ def _option_type(annotation: Any) -> Any:
     if origin is Literal:
         return str | None
     return annotation | None
+
+
+def _or_none(kind: type[int] | type[float]) -> Callable[[str], int | float | str]:
+    """What reads a number, or the word that takes the field out."""
+
+    def read(text: str) -> int | float | str:
+        try:
+            return text if text == "none" else kind(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a valid {kind.__name__}, nor none") from None
+
+    read.__name__ = kind.__name__
+    return read
 
 
 def _override(text: str) -> tuple[str, dict[str, str]]:
