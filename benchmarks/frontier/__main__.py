@@ -4,8 +4,8 @@
 
 Bytes are those of the file, and the network that is measured is read back from it. Methods see training and validation
 images; the test images are looked at once, at the end of a run, and no setting was chosen by them. Every run is kept in
-``benchmarks/results/frontier.json`` and not repeated. NNCodec and NNCF run in environments of their own, which are made
-when they are not there (``build/nncodec``, ``build/nncf``). Draws ``docs/frontier-NET.svg`` and ``.png`` and writes
+``benchmarks/results/frontier.json`` and not repeated. NNCodec, NNCF and coremltools run in environments of their own,
+which are made in ``build`` when they are not there. Draws ``docs/frontier-NET.svg`` and ``.png`` and writes
 the tables of ``docs/results.md``.
 """
 
@@ -29,21 +29,25 @@ from timing import machine, markdown_table, read_json, replace_between, write_js
 
 from benchmarks.frontier.bench import NETS, ROOT, Bench
 from benchmarks.frontier.deep_compression import deep_compression
-from benchmarks.frontier.others import nncf, nncodec, qat
-from benchmarks.frontier.ours import at_once, ours, paper
+from benchmarks.frontier.others import coremltools, nncf, nncodec, qat
+from benchmarks.frontier.ours import at_once, labels, ours, paper
 
 METHODS: dict[str, tuple[str, Callable[[Bench, str, Path], Path]]] = {
     "clipq": ("clipq, everything on", ours),
+    "labels": ("the same, without distillation", labels),
     "at-once": ("the same, pruned at once", at_once),
     "paper": ("CLIP-Q as in the paper", paper),
     "deep-compression": ("Deep Compression", deep_compression),
     "qat": ("quantization-aware training", qat),
+    "coremltools": ("coremltools, pruning and DKM", coremltools),
     "nncf": ("NNCF, pruning and 8 bits", nncf),
     "nncodec": ("NNCodec, no training", nncodec),
 }
-NNCF = "nncf==3.4.0"
-ENVIRONMENTS = {"nncf": ROOT / "build" / "nncf"}
-"""Of the methods that run in one of their own from beginning to end."""
+ENVIRONMENTS = {
+    "nncf": (ROOT / "build" / "nncf", ["nncf==3.4.0"]),
+    "coremltools": (ROOT / "build" / "coremltools", ["coremltools==9.0", "scikit-learn"]),
+}
+"""Of the methods that run in one of their own from beginning to end, and what is installed there."""
 PAGE = ROOT / "docs" / "results.md"
 
 
@@ -51,10 +55,11 @@ def set_up(methods: list[str]) -> None:
     """Make the environments of the peers among the methods."""
     if "nncodec" in methods and not archive.ENVIRONMENT.exists():
         archive.set_up()
-    if "nncf" in methods and not ENVIRONMENTS["nncf"].exists():
-        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENTS["nncf"]], check=True)
-        install = [ENVIRONMENTS["nncf"] / "bin" / "pip", "install", "--quiet", "-c", "constraints.txt", "-e", ".", NNCF]
-        subprocess.run(install, check=True, cwd=ROOT)
+    for method, (folder, packages) in ENVIRONMENTS.items():
+        if method in methods and not folder.exists():
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            install = [folder / "bin" / "pip", "install", "--quiet", "-c", "constraints.txt", "-e", ".", *packages]
+            subprocess.run(install, check=True, cwd=ROOT)
 
 
 def measured(net: str, method: str, setting: str, seed: int, data_root: str) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def measured(net: str, method: str, setting: str, seed: int, data_root: str) -> 
         return measure(net, method, setting, seed, data_root)
     call = f"measure({net!r}, {method!r}, {setting!r}, {seed}, {data_root!r})"
     code = f"import json\nfrom benchmarks.frontier.__main__ import measure\nprint(json.dumps({call}))"
-    command = [ENVIRONMENTS[method] / "bin" / "python", "-c", code]
+    command = [ENVIRONMENTS[method][0] / "bin" / "python", "-c", code]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -133,8 +138,9 @@ def section(net: str, results: dict[str, Any]) -> str:
             errors = f"{point['errors'][0]:.2f} to {point['errors'][-1]:.2f}"
             row = [title, point["setting"], f"{point['bytes']:,.0f}", f"{plain['bytes'] / point['bytes']:.0f}×"]
             rows.append([*row, f"{point['error']:.2f}", errors, str(len(point["errors"]))])
-    table = markdown_table(["method", "setting", "bytes", "smaller", "error, %", "range", "seeds"], rows)
-    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.2f} % error. {NETS[net].epochs} epochs each."
+    unit = NETS[net].unit
+    table = markdown_table(["method", "setting", "bytes", "smaller", f"error, {unit}", "range", "seeds"], rows)
+    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.2f} {unit}. {NETS[net].epochs} epochs each."
     return f"### {net}\n\n![Error against bytes on disk, {net}](frontier-{net}.svg)\n\n{in_float}\n\n{table}"
 
 
@@ -144,7 +150,6 @@ def draw(net: str, results: dict[str, Any]) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "clipq"}):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
-        highest = 3 * plain["error"]
         for method, (title, _) in METHODS.items():
             curve = sorted(points(net, method, results), key=lambda point: point["bytes"])
             if curve:
@@ -154,8 +159,8 @@ def draw(net: str, results: dict[str, Any]) -> None:
                 style = {"linewidth": 2.5, "color": "black"} if method == "clipq" else {"linewidth": 1.2}
                 axes.errorbar(x, y, [low, high], marker="o", markersize=4, capsize=2, label=title, **style)
         axes.axhline(plain["error"], color="grey", linestyle=":", label="float32")
-        axes.set(xscale="log", xlabel="bytes on disk", ylabel="test error, %", title=net)
-        axes.set_ylim(0, highest)
+        axes.set(xscale="log", xlabel="bytes on disk", ylabel=f"test error, {NETS[net].unit}", title=net)
+        axes.set_ylim(*NETS[net].shown)
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=8)
         for ending, extra in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):

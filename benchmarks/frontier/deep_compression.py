@@ -3,7 +3,7 @@
 Half of the epochs: magnitude pruning in three rounds, each layer by the same rate, what is pruned stays so. The other
 half: k-means of each layer's survivors, from levels evenly spread, and training of the shared values, whose gradients
 are the sums over their weights. The file has, for each layer, gaps between survivors and indices of values, both
-Huffman coded, and the values in float32; biases are float32.
+Huffman coded, and the values in float32; biases and norms are float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.frontier.bench import Bench
 
@@ -76,21 +76,21 @@ def deep_compression(bench: Bench, setting: str, folder: Path) -> Path:
     path = folder / "model.bin"
     path.write_bytes(
         b"".join(
-            encode_layer(p.detach().numpy()) if name in weights else p.detach().numpy().tobytes()
-            for name, p in bench.network.named_parameters()
+            encode_layer(t.numpy()) if name in weights else t.numpy().tobytes()
+            for name, t in bench.float_state().items()
         )
     )
     content, at = path.read_bytes(), 0
-    for name, p in bench.network.named_parameters():
+    for name, tensor in bench.float_state().items():
         if name in weights:
-            values, at = decode_layer(content, at, p.shape)
+            values, at = decode_layer(content, at, tensor.shape)
         else:
-            values, at = np.frombuffer(content, "<f4", p.numel(), at), at + 4 * p.numel()
-        p.data = torch.from_numpy(values.reshape(p.shape).copy())
+            values, at = np.frombuffer(content, "<f4", tensor.numel(), at), at + 4 * tensor.numel()
+        tensor.copy_(torch.from_numpy(values.reshape(tensor.shape).copy()))
     return path
 
 
-def k_means(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def k_means(values: Tensor, k: int) -> tuple[nn.Parameter, Tensor]:
     """Centroids and the index of each value; from levels evenly spread between the extremes, 50 rounds."""
     centroids = torch.linspace(float(values.min()), float(values.max()), k)
     for _ in range(50):
@@ -98,7 +98,7 @@ def k_means(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         counts = torch.bincount(codes, minlength=k)
         sums = torch.zeros(k).index_add_(0, codes, values)
         centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
-    return centroids.requires_grad_(), (values[:, None] - centroids).abs().argmin(1)
+    return nn.Parameter(centroids), (values[:, None] - centroids).abs().argmin(1)
 
 
 def encode_layer(weight: npt.NDArray[np.float32]) -> bytes:

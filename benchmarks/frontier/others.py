@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 
 from benchmarks.frontier.bench import ROOT, Bench
 
+Layer = nn.Linear | nn.Conv2d | nn.Embedding
+
 
 class LearnedStep(nn.Module):
     """Quantization to whole multiples of a step that is learned (LSQ: Esser et al., ICLR 2020)."""
@@ -40,8 +42,8 @@ def qat(bench: Bench, setting: str, folder: Path) -> Path:
     Args:
         setting: b.
     """
-    bits = int(setting)
-    layers = [module for module in bench.network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    bits, names = int(setting), list(bench.float_state())
+    layers = [module for module in bench.network.modules() if isinstance(module, Layer)]
     steps = {layer: LearnedStep(layer.weight, bits) for layer in layers}
     for layer, step in steps.items():
         parametrize.register_parametrization(layer, "weight", step)
@@ -51,7 +53,7 @@ def qat(bench: Bench, setting: str, folder: Path) -> Path:
         for layer, step in steps.items():
             codes[layer] = step.codes(layer.parametrizations.weight.original), step.step
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    return _through_a_file(codes, bits, folder)
+    return _through_a_file(bench, names, codes, bits, folder)
 
 
 def nncf(bench: Bench, setting: str, folder: Path) -> Path:
@@ -67,8 +69,10 @@ def nncf(bench: Bench, setting: str, folder: Path) -> Path:
 
     inputs, _ = next(bench.data.batches("validation", 300))
     mode, half = PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, bench.net.epochs // 2
+    kept = list(bench.float_state())
     names = {module: name for name, module in bench.network.named_modules()}
     layers = [module for module in names if isinstance(module, nn.Linear | nn.Conv2d)]
+    bench.network.to(memory_format=torch.contiguous_format)  # its pruning raises on channels_last
     bench.network = nncf.prune(bench.network, mode, ratio=float(setting), examples_inputs=inputs[:2])
     bench.train(bench.network.parameters(), range(half))
     bench.network = nncf.quantize(bench.network, nncf.Dataset(inputs.split(1)))
@@ -85,25 +89,65 @@ def nncf(bench: Bench, setting: str, folder: Path) -> Path:
             )
             step = quantizer.scale / 127
             codes[layer] = (quantizer(mask(layer.weight)) / step).round().clamp(-127, 127).to(torch.int8), step
-    return _through_a_file(codes, 8, folder)
+    return _through_a_file(bench, kept, codes, 8, folder)
 
 
-Codes = dict[nn.Linear | nn.Conv2d, tuple[Tensor, Tensor]]
+def coremltools(bench: Bench, setting: str, folder: Path) -> Path:
+    """DKM and magnitude pruning of coremltools, in one training of a single epoch: a step takes seconds on a CPU.
+
+    The only calls that run: the palettizer is prepared first, then the pruner; the palettizer works from the first
+    step on and takes no steps of its own (``step`` raises once it works); the palettizer is finalized first. The file
+    has the codes packed as for `qat`, and the tables.
+
+    Args:
+        setting: "p,b": the share of weights pruned, bits of an index.
+    """
+    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
+    from coremltools.optimize.torch.pruning import MagnitudePruner, MagnitudePrunerConfig
+
+    pruned, bits = float(setting.split(",")[0]), int(setting.split(",")[1])
+    kept, steps = list(bench.float_state()), bench.steps_per_epoch
+    scheduler = {"update_steps": [steps * k // 8 for k in range(5)]}
+    pruning = MagnitudePrunerConfig.from_dict({"global_config": {"scheduler": scheduler, "target_sparsity": pruned}})
+    shared = DKMPalettizerConfig.from_dict({"global_config": {"n_bits": bits, "weight_threshold": 0, "milestone": 0}})
+    palettizer = DKMPalettizer(bench.network, shared)
+    pruner = MagnitudePruner(palettizer.prepare(inplace=True), pruning)
+    bench.network = pruner.prepare(inplace=True)
+    bench.train(bench.network.parameters(), range(1), after_step=pruner.step)
+    palettizer.finalize(inplace=True)
+    bench.network = pruner.finalize(inplace=True)
+    codes = {}
+    for layer in bench.network.modules():
+        if isinstance(layer, Layer):
+            table, codes_of = layer.weight.detach().unique(return_inverse=True)
+            codes[layer] = codes_of.to(torch.int16), table
+    return _through_a_file(bench, kept, codes, bits, folder)
 
 
 @torch.no_grad()
-def _through_a_file(codes: Codes, bits: int, folder: Path) -> Path:
-    """Write integer codes, -most to most, packed in bits and then by LZMA, steps and biases; give the layers what the
-    file has."""
-    most, parts = 2 ** (bits - 1) - 1, []
-    for layer, (integers, step) in codes.items():
+def _through_a_file(
+    bench: Bench, names: list[str], codes: dict[Layer, tuple[Tensor, Tensor]], bits: int, folder: Path
+) -> Path:
+    """Write codes packed in bits and then by LZMA, what they stand for, and all other tensors in float32; give the
+    layers what the file has.
+
+    Args:
+        names: of all tensors of the network that is compressed.
+        codes: of each coded layer its codes, and either their table, or the step that they are multiples of: those
+            are -most to most.
+    """
+    state, coded = bench.float_state(), {layer.weight.data_ptr() for layer in codes}
+    parts = [state[name].numpy().tobytes() for name in names if state[name].data_ptr() not in coded]
+    for layer, (integers, meaning) in codes.items():
+        most = 2 ** (bits - 1) - 1 if integers.dtype == torch.int8 else 0
         unsigned = (integers.flatten().numpy().astype(np.int16) + most).astype(np.uint8)
         packed = np.packbits(np.unpackbits(unsigned[:, None], axis=1)[:, -bits:])
         content = lzma.compress(packed.tobytes(), lzma.FORMAT_RAW, filters=FILTERS)
-        parts += [step.detach().numpy().tobytes(), content, layer.bias.detach().numpy().tobytes()]
+        parts += [meaning.detach().numpy().tobytes(), content]
         unpacked = np.frombuffer(lzma.decompress(content, lzma.FORMAT_RAW, filters=FILTERS), np.uint8)
         values = np.unpackbits(unpacked)[: unsigned.size * bits].reshape(-1, bits) @ (1 << np.arange(bits)[::-1])
-        layer.weight.copy_(torch.from_numpy(values - most).float().reshape(layer.weight.shape) * step)
+        found = torch.from_numpy(values - most).reshape(layer.weight.shape)
+        layer.weight.copy_(found.float() * meaning if integers.dtype == torch.int8 else meaning[found])
     path = folder / "model.bin"
     path.write_bytes(b"".join(parts))
     return path
@@ -118,10 +162,10 @@ def nncodec(bench: Bench, setting: str, folder: Path) -> Path:
     Args:
         setting: the quantization parameter.
     """
-    arrays = {name: tensor.numpy() for name, tensor in bench.network.state_dict().items()}
+    arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in bench.float_state().items()}
     np.savez(folder / "net.npz", **arrays)
     worker = ROOT / "benchmarks" / "frontier" / "nncodec_worker.py"
     subprocess.run([ENVIRONMENT / "bin" / "python", worker, folder, setting], check=True, capture_output=True, cwd=ROOT)
     with np.load(folder / "decoded.npz") as decoded:
-        bench.network.load_state_dict({name: torch.from_numpy(decoded[name]) for name in arrays})
+        bench.network.load_state_dict({name: torch.from_numpy(decoded[name]) for name in arrays}, strict=False)
     return folder / "model.nnc"

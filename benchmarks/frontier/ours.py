@@ -17,11 +17,17 @@ RAMP = 0.6
 
 
 def ours(bench: Bench, setting: str, folder: Path) -> Path:
-    """Searched for so many bytes, pruned little by little, held at the bytes; biases quantized as well.
+    """Searched for so many bytes, pruned little by little, held at the bytes; biases quantized where that is worth it.
 
     Args:
         setting: bytes of the file.
     """
+    changes = {"pruning_ramp": RAMP, **bench.net.extras}
+    return _compressed(bench, folder, Target(bytes=int(setting)), int(setting), **changes)
+
+
+def labels(bench: Bench, setting: str, folder: Path) -> Path:
+    """`ours` from the labels alone, without distillation and what else is the network's own: the ablation of it."""
     return _compressed(bench, folder, Target(bytes=int(setting)), int(setting), pruning_ramp=RAMP)
 
 

@@ -20,6 +20,7 @@ _WIDTHS = (2, 3)
 _BY_RULE = ("uniform", "magnitude", "lamp", "erk")
 STARTING_PLANS = len(_EXPONENTS) + len(_BY_RULE) * len(_WIDTHS)
 """How many `families` gives; fewer if not all bit widths are allowed."""
+KINDS = 1 + len(_BY_RULE)
 FOR_VECTORS = Theta(0.3, 4)
 """Of biases and the like, in plans that treat all weights alike: they are few, and matter more than their size."""
 _QUANTILES = 2048
@@ -50,6 +51,11 @@ def families(sizes: Sequence[SizeModel], costs: Sequence[CostAt], weights: Mappi
             )
             found |= {f"{name}, {bits} bits": family for name, family in zip(_BY_RULE, by_rule, strict=True)}
     return found
+
+
+def kind_of(name: str) -> str:
+    """What families that differ in exponent or bit width alone have in common, from a name that `families` gives."""
+    return name.split("^")[0].split(",")[0]
 
 
 def uniform_plan(sizes: Sequence[SizeModel], bits: int, budget: float) -> tuple[Theta, ...]:

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from clipq.plan import Plan
 from clipq.search.allocate import Point, largest, plan_at, trade_off
-from clipq.search.candidates import STARTING_PLANS, Family, clusters_of, families, perturbed
+from clipq.search.candidates import KINDS, STARTING_PLANS, Family, clusters_of, families, kind_of, perturbed
 from clipq.search.context import Context, gp_sampler, value_of
 from clipq.search.groups import Theta, plan_of, thetas_of
 from clipq.search.progress import Kind
@@ -33,7 +33,10 @@ _BISECTIONS = (3, 4)
 """Of the size for a drop: along the surfaces' curve, and then among plans of the family that is best there."""
 SCREENING = 0.25
 """The share of the steps of ``recover`` that plans get while there are many; what comes out on top is judged by all."""
-FINALISTS = 4
+_BEST = 2
+FINALISTS = _BEST + KINDS
+"""Plans judged in full: the best of all that were screened, and the best of each kind of family. What is best after few
+steps need not be best after many, and plans of one kind err alike."""
 _SHIFT, _MORE_BITS = 0.8, 1
 _STARTUP = 8
 
@@ -246,10 +249,14 @@ def _choose(context: Context, ways: Mapping[str, Family], wanted: int, rest: flo
         refined = context.run_stage("refine", [{}] * n, around, gp_sampler(context.settings.seed, min(_STARTUP, n)))
         context.evaluations += [Evaluation("refine", value_of(trial), bytes=wanted) for trial in refined]
         tried += refined
-    best = [_thetas(context, trial) for trial in sorted(tried, key=_rank)]
+    tried.sort(key=_rank)
     if context.recover is None:
-        return best[0]
-    best = list(dict.fromkeys(best))[:FINALISTS]
+        return _thetas(context, tried[0])
+    of_kind: dict[str, FrozenTrial] = {}
+    for name in sorted(screened, key=lambda name: _rank(screened[name])):
+        of_kind.setdefault(kind_of(name), screened[name])
+    everything = list(dict.fromkeys(_thetas(context, trial) for trial in tried))
+    best = list(dict.fromkeys(everything[:_BEST] + [_thetas(context, trial) for trial in of_kind.values()]))
 
     def in_full(trial: optuna.Trial) -> float:
         return _cost_of(context, trial, best[suggest(trial, "plan", IntDistribution(0, len(best)))], wanted, 1.0)
