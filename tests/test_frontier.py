@@ -1,13 +1,20 @@
-"""The baseline that the frontier bench brings along: its file gives back what went in."""
+"""The baselines that the frontier bench brings along: their files give back what went in, and count all of it."""
 
 from __future__ import annotations
+
+import lzma
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from benchmarks.frontier.bench import Bench
+from benchmarks.frontier.characters import CHARACTERS, LENGTH, Transformer
 from benchmarks.frontier.deep_compression import (
     decode_layer,
     encode_layer,
@@ -15,6 +22,16 @@ from benchmarks.frontier.deep_compression import (
     huffman_encode,
     k_means,
 )
+from benchmarks.frontier.others import FILTERS, LearnedStep, through_a_file
+
+
+class Small(Bench):
+    """A network with what none of the codes covers: biases, a batch norm and its statistics."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.network: Any = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(54, 10))
+        self.network(torch.randn(8, 2, 5, 5))
 
 
 @st.composite
@@ -55,3 +72,45 @@ def test_k_means_gives_every_value_its_nearest_centroid() -> None:
     distances = (values[:, None] - centroids.detach()).abs()
     assert torch.equal(distances.argmin(1), codes)
     assert float(distances.min(1).values.square().mean()) < 0.05
+
+
+def test_a_file_of_steps_holds_all_of_the_network(tmp_path: Path) -> None:
+    bench = Small()
+    layers = [bench.network[0], bench.network[3]]
+    steps = {layer: LearnedStep(layer.weight, 3) for layer in layers}
+    expected = {layer: step(layer.weight).detach() for layer, step in steps.items()}
+    codes = {layer: (step.codes(layer.weight), step.step) for layer, step in steps.items()}
+    rest = 4 * (6 + 4 * 6 + 10)
+    path = through_a_file(bench, list(bench.float_state()), codes, 3, tmp_path)
+    for layer in layers:
+        assert torch.allclose(layer.weight, expected[layer], atol=1e-7)
+    incompressible = sum(3 * layer.weight.numel() // 8 for layer in layers) // 2
+    assert path.stat().st_size > rest + 2 * 4 + incompressible
+
+
+def test_a_file_of_tables_holds_their_values(tmp_path: Path) -> None:
+    bench = Small()
+    layer = bench.network[3]
+    table = torch.tensor([-0.5, 0.0, 0.25, 1.5])
+    codes = torch.randint(4, layer.weight.shape, generator=torch.Generator().manual_seed(1))
+    path = through_a_file(bench, list(bench.float_state()), {layer: (codes.to(torch.int16), table)}, 2, tmp_path)
+    assert torch.equal(layer.weight, table[codes])
+    content = path.read_bytes()
+    convolution = bench.network[0].weight.detach().numpy().tobytes()
+    assert convolution in content
+    at = content.index(table.numpy().tobytes()) + 16
+    packed = np.frombuffer(lzma.decompress(content[at:], lzma.FORMAT_RAW, filters=FILTERS), np.uint8)
+    first = [int(b) for b in np.unpackbits(packed)[:8]]
+    assert [2 * first[k] + first[k + 1] for k in range(0, 8, 2)] == codes.flatten()[:4].tolist()
+
+
+def test_the_transformer_sees_no_later_characters() -> None:
+    torch.manual_seed(0)
+    network = Transformer().eval()
+    text = torch.randint(CHARACTERS, (2, LENGTH))
+    changed = text.clone()
+    changed[:, 40:] = (changed[:, 40:] + 1) % CHARACTERS
+    before, after = network(text), network(changed)
+    assert before.shape == (2, CHARACTERS, LENGTH)
+    assert torch.allclose(before[..., :40], after[..., :40], atol=1e-5)
+    assert not torch.allclose(before[..., 40:], after[..., 40:], atol=1e-2)

@@ -53,7 +53,7 @@ def qat(bench: Bench, setting: str, folder: Path) -> Path:
         for layer, step in steps.items():
             codes[layer] = step.codes(layer.parametrizations.weight.original), step.step
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    return _through_a_file(bench, names, codes, bits, folder)
+    return through_a_file(bench, names, codes, bits, folder)
 
 
 def nncf(bench: Bench, setting: str, folder: Path) -> Path:
@@ -89,7 +89,7 @@ def nncf(bench: Bench, setting: str, folder: Path) -> Path:
             )
             step = quantizer.scale / 127
             codes[layer] = (quantizer(mask(layer.weight)) / step).round().clamp(-127, 127).to(torch.int8), step
-    return _through_a_file(bench, kept, codes, 8, folder)
+    return through_a_file(bench, kept, codes, 8, folder)
 
 
 def coremltools(bench: Bench, setting: str, folder: Path) -> Path:
@@ -121,11 +121,11 @@ def coremltools(bench: Bench, setting: str, folder: Path) -> Path:
         if isinstance(layer, Layer):
             table, codes_of = layer.weight.detach().unique(return_inverse=True)
             codes[layer] = codes_of.to(torch.int16), table
-    return _through_a_file(bench, kept, codes, bits, folder)
+    return through_a_file(bench, kept, codes, bits, folder)
 
 
 @torch.no_grad()
-def _through_a_file(
+def through_a_file(
     bench: Bench, names: list[str], codes: dict[Layer, tuple[Tensor, Tensor]], bits: int, folder: Path
 ) -> Path:
     """Write codes packed in bits and then by LZMA, what they stand for, and all other tensors in float32; give the
