@@ -26,11 +26,6 @@ def ours(bench: Bench, setting: str, folder: Path) -> Path:
     return _compressed(bench, folder, Target(bytes=int(setting)), int(setting), **changes)
 
 
-def labels(bench: Bench, setting: str, folder: Path) -> Path:
-    """`ours` from the labels alone, without distillation and what else is the network's own: the ablation of it."""
-    return _compressed(bench, folder, Target(bytes=int(setting)), int(setting), pruning_ramp=RAMP)
-
-
 def at_once(bench: Bench, setting: str, folder: Path) -> Path:
     """`ours` without the ramp: the ablation of it."""
     return _compressed(bench, folder, Target(bytes=int(setting)), int(setting))
