@@ -130,16 +130,16 @@ def points(net: str, method: str, results: dict[str, Any]) -> list[dict[str, Any
 
 def section(net: str, results: dict[str, Any]) -> str:
     """One network's picture and table."""
-    plain = results["float"][net]
+    plain, unit = results["float"][net], NETS[net].unit
+    digits = 2 if unit == "%" else 3
     rows = []
     for method, (title, _) in METHODS.items():
         for point in points(net, method, results):
-            errors = f"{point['errors'][0]:.2f} to {point['errors'][-1]:.2f}"
+            errors = f"{point['errors'][0]:.{digits}f} to {point['errors'][-1]:.{digits}f}"
             row = [title, point["setting"], f"{point['bytes']:,.0f}", f"{plain['bytes'] / point['bytes']:.0f}×"]
-            rows.append([*row, f"{point['error']:.2f}", errors, str(len(point["errors"]))])
-    unit = NETS[net].unit
+            rows.append([*row, f"{point['error']:.{digits}f}", errors, str(len(point["errors"]))])
     table = markdown_table(["method", "setting", "bytes", "smaller", f"error, {unit}", "range", "seeds"], rows)
-    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.2f} {unit}. {NETS[net].epochs} epochs each."
+    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.{digits}f} {unit}. {NETS[net].epochs} epochs each."
     return f"### {net}\n\n![Error against bytes on disk, {net}](frontier-{net}.svg)\n\n{in_float}\n\n{table}"
 
 
