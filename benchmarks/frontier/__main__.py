@@ -139,7 +139,8 @@ def section(net: str, results: dict[str, Any]) -> str:
             row = [title, point["setting"], f"{point['bytes']:,.0f}", f"{plain['bytes'] / point['bytes']:.0f}×"]
             rows.append([*row, f"{point['error']:.{digits}f}", errors, str(len(point["errors"]))])
     table = markdown_table(["method", "setting", "bytes", "smaller", f"error, {unit}", "range", "seeds"], rows)
-    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.{digits}f} {unit}. {NETS[net].epochs} epochs each."
+    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.{digits}f} {unit}."
+    in_float += f" {NETS[net].epochs} epochs each."
     return f"### {net}\n\n![Error against bytes on disk, {net}](frontier-{net}.svg)\n\n{in_float}\n\n{table}"
 
 
