@@ -1,9 +1,9 @@
 """Error against bytes on disk, of every method from the same pretrained weights, data and number of epochs.
 
-    python -m benchmarks.frontier --data-root DIR [--seeds 3] [--methods clipq paper …] [lenet-300-100 lenet-5]
+    python -m benchmarks.frontier --data-root DIR [--seeds 3] [--methods clipq paper …] -- [lenet-300-100 lenet-5 …]
 
 Bytes are those of the file, and the network that is measured is read back from it. Methods see training and validation
-images; the test images are looked at once, at the end of a run, and no setting was chosen by them. Every run is kept in
+data; the test set is looked at once, at the end of a run. Every run is kept in
 ``benchmarks/results/frontier.json`` and not repeated. NNCodec, NNCF and coremltools run in environments of their own,
 which are made in ``build`` when they are not there. Draws ``docs/frontier-NET.svg`` and ``.png`` and writes
 the tables of ``docs/results.md``.
@@ -68,7 +68,7 @@ def measured(net: str, method: str, setting: str, seed: int, data_root: str) -> 
     call = f"measure({net!r}, {method!r}, {setting!r}, {seed}, {data_root!r})"
     code = f"import json\nfrom benchmarks.frontier.__main__ import measure\nprint(json.dumps({call}))"
     command = [ENVIRONMENTS[method][0] / "bin" / "python", "-c", code]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -127,21 +127,22 @@ class Bench:
         }
         self.recipe = Recipe.load(ROOT / self.net.recipe, changes)
         self.network: Any = make_network(self.recipe)
-        trained = ROOT / "build" / "frontier" / f"{name}.pt"
-        if self.recipe.weights is not None:
-            load_weights(self.network, find_weights(self.recipe))
-        elif trained.exists():
-            load_weights(self.network, trained)
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)
         fraction = self.recipe.validation_fraction
         self.data = load_data(self.recipe.data, data_root, seed, validation_fraction=fraction)
         self.fabric = make_fabric(self.recipe)
         self.steps_per_epoch = self.data.batches("train", self.recipe.batch_size).total
-        if self.recipe.weights is None and not trained.exists():
+        load_weights(self.network, self._trained(name) if self.recipe.weights is None else find_weights(self.recipe))
+
+    def _trained(self, name: str) -> Path:
+        """The weights of a network that comes without: trained the first time, and kept for all methods and seeds."""
+        path = ROOT / "build" / "frontier" / f"{name}.pt"
+        if not path.exists():
             self.train(self.network.parameters(), range(self.recipe.float_epochs))
-            trained.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self.network.state_dict(), trained)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.network.state_dict(), path)
+        return path
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The weight tensors, without biases: all that the methods other than ours compress."""

@@ -93,7 +93,7 @@ def nncf(bench: Bench, setting: str, folder: Path) -> Path:
 
 
 def coremltools(bench: Bench, setting: str, folder: Path) -> Path:
-    """DKM and magnitude pruning of coremltools, in one training of a single epoch: a step takes seconds on a CPU.
+    """DKM and magnitude pruning of coremltools, in one training of a single epoch, as its steps are slow.
 
     The only calls that run: the palettizer is prepared first, then the pruner; the palettizer works from the first
     step on and takes no steps of its own (``step`` raises once it works); the palettizer is finalized first. The file
@@ -167,5 +167,6 @@ def nncodec(bench: Bench, setting: str, folder: Path) -> Path:
     worker = ROOT / "benchmarks" / "frontier" / "nncodec_worker.py"
     subprocess.run([ENVIRONMENT / "bin" / "python", worker, folder, setting], check=True, capture_output=True, cwd=ROOT)
     with np.load(folder / "decoded.npz") as decoded:
-        bench.network.load_state_dict({name: torch.from_numpy(decoded[name]) for name in arrays}, strict=False)
+        state = bench.network.state_dict()
+        bench.network.load_state_dict(state | {name: torch.from_numpy(decoded[name]) for name in arrays})
     return folder / "model.nnc"

@@ -21,6 +21,7 @@ _BY_RULE = ("uniform", "magnitude", "lamp", "erk")
 STARTING_PLANS = len(_EXPONENTS) + len(_BY_RULE) * len(_WIDTHS)
 """How many `families` gives; fewer if not all bit widths are allowed."""
 KINDS = 1 + len(_BY_RULE)
+"""How many kinds they are of, by `kind_of`: the surfaces, and each rule."""
 FOR_VECTORS = Theta(0.3, 4)
 """Of biases and the like, in plans that treat all weights alike: they are few, and matter more than their size."""
 _QUANTILES = 2048
