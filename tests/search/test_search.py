@@ -15,7 +15,7 @@ from clipq.attach import attach
 from clipq.errors import PlanError, SearchError
 from clipq.hold import file_bytes
 from clipq.search import Settings, run_search
-from clipq.search.candidates import STARTING_PLANS
+from clipq.search.candidates import KINDS, STARTING_PLANS, kind_of
 from clipq.search.predict import SCREENING
 from tests.search.nets import (
     classification_loss,
@@ -134,6 +134,11 @@ def test_recover_is_what_candidates_are_judged_by(classifier: nn.Module) -> None
     judged = [e.cost for e in record.evaluations if e.stage == "finalists"]
     assert shares == [SCREENING] * len(screened) + [1.0] * (len(judged) + 1)  # and once more for the plan's own file
     assert len(screened) == STARTING_PLANS + 3
+    kinds = {kind_of(e.name) for e in record.evaluations if e.stage == "candidates"}
+    assert len(kinds) == KINDS
+    for kind in kinds:
+        of_kind = [e.cost for e in record.evaluations if e.stage == "candidates" and kind_of(e.name) == kind]
+        assert min(of_kind) == pytest.approx(min(judged, key=lambda cost: abs(cost - min(of_kind))))
     assert min(judged) <= min(screened)  # this recover only fits the size: its share makes no difference
     assert record.bytes <= record.float32_bytes / 15
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
