@@ -93,7 +93,7 @@ def nncf(bench: Bench, setting: str, folder: Path) -> Path:
 
 
 def coremltools(bench: Bench, setting: str, folder: Path) -> Path:
-    """DKM and magnitude pruning of coremltools, in one training of a single epoch, as its steps are slow.
+    """DKM and magnitude pruning of coremltools, in one training; pruned over the first half of it.
 
     The only calls that run: the palettizer is prepared first, then the pruner; the palettizer works from the first
     step on and takes no steps of its own (``step`` raises once it works); the palettizer is finalized first. The file
@@ -106,14 +106,14 @@ def coremltools(bench: Bench, setting: str, folder: Path) -> Path:
     from coremltools.optimize.torch.pruning import MagnitudePruner, MagnitudePrunerConfig
 
     pruned, bits = float(setting.split(",")[0]), int(setting.split(",")[1])
-    kept, steps = list(bench.float_state()), bench.steps_per_epoch
+    kept, steps = list(bench.float_state()), bench.steps_per_epoch * bench.net.epochs
     scheduler = {"update_steps": [steps * k // 8 for k in range(5)]}
     pruning = MagnitudePrunerConfig.from_dict({"global_config": {"scheduler": scheduler, "target_sparsity": pruned}})
     shared = DKMPalettizerConfig.from_dict({"global_config": {"n_bits": bits, "weight_threshold": 0, "milestone": 0}})
     palettizer = DKMPalettizer(bench.network, shared)
     pruner = MagnitudePruner(palettizer.prepare(inplace=True), pruning)
     bench.network = pruner.prepare(inplace=True)
-    bench.train(bench.network.parameters(), range(1), after_step=pruner.step)
+    bench.train(bench.network.parameters(), range(bench.net.epochs), after_step=pruner.step)
     palettizer.finalize(inplace=True)
     bench.network = pruner.finalize(inplace=True)
     codes = {}
