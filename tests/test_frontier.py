@@ -22,7 +22,7 @@ from benchmarks.frontier.deep_compression import (
     huffman_encode,
     k_means,
 )
-from benchmarks.frontier.others import FILTERS, LearnedStep, through_a_file
+from benchmarks.frontier.others import FILTERS, Coded, LearnedStep, through_a_file
 
 
 class Small(Bench):
@@ -79,7 +79,7 @@ def test_a_file_of_steps_holds_all_of_the_network(tmp_path: Path) -> None:
     layers = [bench.network[0], bench.network[3]]
     steps = {layer: LearnedStep(layer.weight, 3) for layer in layers}
     expected = {layer: step(layer.weight).detach() for layer, step in steps.items()}
-    codes = {layer: (step.codes(layer.weight), step.step) for layer, step in steps.items()}
+    codes = {layer: Coded(step.codes(layer.weight) + 3, step.step.detach(), 3) for layer, step in steps.items()}
     rest = 4 * (6 + 4 * 6 + 10)
     path = through_a_file(bench, list(bench.float_state()), codes, 3, tmp_path)
     for layer in layers:
@@ -93,7 +93,7 @@ def test_a_file_of_tables_holds_their_values(tmp_path: Path) -> None:
     layer = bench.network[3]
     table = torch.tensor([-0.5, 0.0, 0.25, 1.5])
     codes = torch.randint(4, layer.weight.shape, generator=torch.Generator().manual_seed(1))
-    path = through_a_file(bench, list(bench.float_state()), {layer: (codes.to(torch.int16), table)}, 2, tmp_path)
+    path = through_a_file(bench, list(bench.float_state()), {layer: Coded(codes, table, None)}, 2, tmp_path)
     assert torch.equal(layer.weight, table[codes])
     content = path.read_bytes()
     convolution = bench.network[0].weight.detach().numpy().tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,25 @@ from torch.nn.utils import parametrize
 from benchmarks.frontier.bench import ROOT, Bench
 
 Layer = nn.Linear | nn.Conv2d | nn.Embedding
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A layer's weights as a file has them.
+
+    Attributes:
+        codes: from 0 up, integers of the weights' shape.
+        meaning: what the file has beside them, float32: a table of values, or the steps that codes count.
+        center: the code of zero, if ``meaning`` is steps; None if it is a table.
+    """
+
+    codes: Tensor
+    meaning: Tensor
+    center: int | None
+
+    def weight(self, codes: Tensor) -> Tensor:
+        """What codes stand for."""
+        return self.meaning[codes] if self.center is None else (codes - self.center).float() * self.meaning
 
 
 class LearnedStep(nn.Module):
@@ -51,7 +71,8 @@ def qat(bench: Bench, setting: str, folder: Path) -> Path:
     codes = {}
     with torch.no_grad():
         for layer, step in steps.items():
-            codes[layer] = step.codes(layer.parametrizations.weight.original), step.step
+            integers = step.codes(layer.parametrizations.weight.original)
+            codes[layer] = Coded(integers + step.most, step.step.detach(), step.most)
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return through_a_file(bench, names, codes, bits, folder)
 
@@ -70,25 +91,23 @@ def nncf(bench: Bench, setting: str, folder: Path) -> Path:
     inputs, _ = next(bench.data.batches("validation", 300))
     mode, half = PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, bench.net.epochs // 2
     kept = list(bench.float_state())
-    names = {module: name for name, module in bench.network.named_modules()}
-    layers = [module for module in names if isinstance(module, nn.Linear | nn.Conv2d)]
     bench.network.to(memory_format=torch.contiguous_format)  # its pruning raises on channels_last
     bench.network = nncf.prune(bench.network, mode, ratio=float(setting), examples_inputs=inputs[:2])
     bench.train(bench.network.parameters(), range(half))
-    bench.network = nncf.quantize(bench.network, nncf.Dataset(inputs.split(1)))
+    bench.network = nncf.quantize(bench.network, nncf.Dataset(inputs.split(1)))  # a copy
     bench.train(bench.network.parameters(), range(half, bench.net.epochs))
-    hooks = dict(bench.network.named_modules())
+    modules = dict(bench.network.named_modules())
     codes = {}
     with torch.no_grad():
-        for layer in layers:
-            mask = hooks[f"__nncf_hooks.post_hooks.{names[layer]}:weight__0.0"]
-            quantizer = next(
-                m
-                for n, m in hooks.items()
-                if n.startswith(f"__nncf_hooks.pre_hooks.{names[layer]}/") and n.endswith("__1.0")
-            )
-            step = quantizer.scale / 127
-            codes[layer] = (quantizer(mask(layer.weight)) / step).round().clamp(-127, 127).to(torch.int8), step
+        for name, layer in modules.items():
+            mask = modules.get(f"__nncf_hooks.post_hooks.{name.replace('.', ':')}:weight__0.0")
+            if mask is not None:
+                layer.weight.copy_(mask(layer.weight))
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                before = f"__nncf_hooks.pre_hooks.{name.replace('.', '/')}/"
+                quantizer = next(m for n, m in modules.items() if n.startswith(before) and n.endswith("__1.0"))
+                step = quantizer.scale.detach() / 127
+                codes[layer] = Coded((quantizer(layer.weight) / step).round().clamp(-127, 127) + 127, step, 127)
     return through_a_file(bench, kept, codes, 8, folder)
 
 
@@ -119,35 +138,29 @@ def coremltools(bench: Bench, setting: str, folder: Path) -> Path:
     codes = {}
     for layer in bench.network.modules():
         if isinstance(layer, Layer):
-            table, codes_of = layer.weight.detach().unique(return_inverse=True)
-            codes[layer] = codes_of.to(torch.int16), table
+            table, indices = layer.weight.detach().unique(return_inverse=True)
+            codes[layer] = Coded(indices, table, None)
     return through_a_file(bench, kept, codes, bits, folder)
 
 
 @torch.no_grad()
-def through_a_file(
-    bench: Bench, names: list[str], codes: dict[Layer, tuple[Tensor, Tensor]], bits: int, folder: Path
-) -> Path:
+def through_a_file(bench: Bench, names: list[str], layers: dict[Layer, Coded], bits: int, folder: Path) -> Path:
     """Write codes packed in bits and then by LZMA, what they stand for, and all other tensors in float32; give the
     layers what the file has.
 
     Args:
         names: of all tensors of the network that is compressed.
-        codes: of each coded layer its codes, and either their table, or the step that they are multiples of: those
-            are -most to most.
     """
-    state, coded = bench.float_state(), {layer.weight.data_ptr() for layer in codes}
+    state, coded = bench.float_state(), {layer.weight.data_ptr() for layer in layers}
     parts = [state[name].numpy().tobytes() for name in names if state[name].data_ptr() not in coded]
-    for layer, (integers, meaning) in codes.items():
-        most = 2 ** (bits - 1) - 1 if integers.dtype == torch.int8 else 0
-        unsigned = (integers.flatten().numpy().astype(np.int16) + most).astype(np.uint8)
-        packed = np.packbits(np.unpackbits(unsigned[:, None], axis=1)[:, -bits:])
+    for layer, of in layers.items():
+        flat = of.codes.flatten().numpy().astype(np.uint8)
+        packed = np.packbits(np.unpackbits(flat[:, None], axis=1)[:, -bits:])
         content = lzma.compress(packed.tobytes(), lzma.FORMAT_RAW, filters=FILTERS)
-        parts += [meaning.detach().numpy().tobytes(), content]
+        parts += [of.meaning.numpy().tobytes(), content]
         unpacked = np.frombuffer(lzma.decompress(content, lzma.FORMAT_RAW, filters=FILTERS), np.uint8)
-        values = np.unpackbits(unpacked)[: unsigned.size * bits].reshape(-1, bits) @ (1 << np.arange(bits)[::-1])
-        found = torch.from_numpy(values - most).reshape(layer.weight.shape)
-        layer.weight.copy_(found.float() * meaning if integers.dtype == torch.int8 else meaning[found])
+        found = np.unpackbits(unpacked)[: flat.size * bits].reshape(-1, bits) @ (1 << np.arange(bits)[::-1])
+        layer.weight.copy_(of.weight(torch.from_numpy(found).reshape(layer.weight.shape)))
     path = folder / "model.bin"
     path.write_bytes(b"".join(parts))
     return path
