@@ -62,7 +62,7 @@ NETS = {
             "nncf": ("0.95",),
             "nncodec": ("-26", "-20", "-16"),
         },
-        (0, 6.5),
+        (0, 7.5),
     ),
     "lenet-5": Net(
         "recipes/mnist/lenet-5.yaml",
