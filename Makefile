@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs fuzz gpu-check clean
+.PHONY: demo test lint docs kernels fuzz gpu-check clean
 
 demo: $(READY)
 	$(BIN)/clipq demo
@@ -20,6 +20,9 @@ lint: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+kernels: $(READY)
+	$(BIN)/python -m clipq.archive.precompile
 
 FUZZ_SECONDS ?= 60
 FUZZ_CORPUS ?= fuzz/corpus

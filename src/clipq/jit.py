@@ -29,6 +29,16 @@ def compiled(function: Function, **options: Any) -> Function:
     return made
 
 
+def compiled_ahead(function: Function) -> Function:
+    """Mark a kernel that the package ships compiled, or a part of one: it may not allocate.
+
+    See `clipq.archive.precompile`.
+    """
+    options: Any = {"_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    made: Function = njit(nogil=True, error_model="numpy", **options)(function)
+    return made
+
+
 class _Kept(FunctionCache):
     warned = False
 

@@ -14,40 +14,39 @@ import numpy.typing as npt
 from clipq.archive.rangecoder import EVEN, I32, START, adapted, decode_bit, encode_bit, finish, probability
 from clipq.archive.rangecoder import as_index as _u
 from clipq.archive.tables import STEP, STRETCH
-from clipq.jit import compiled
+from clipq.jit import compiled_ahead
 
 U16 = npt.NDArray[np.uint16]
 I64 = npt.NDArray[np.int64]
 
 SIGN_LIMIT, EXPONENT_LIMIT = 20, 60
-WORDS_PER_ELEMENT = 7  # at most: nine bits, each of them at most 11 bits of data
 
 
-def _build(decoding: bool) -> Callable[[U16, I64, I32], int]:
-    """Make the coder of a block.
+def _build(decoding: bool) -> Callable[..., int]:
+    """Make the coder of a block: returns the number of words used.
 
     Its arguments: for each element the sign in bit 8 and the exponent's top byte below (in or out); the number of
-    elements of each tensor; words (int32, 16 bits each, out or in; when decoding the last must be 0). It returns the
-    number of words used.
+    elements of each tensor; words (int32, 16 bits each, out or in; when decoding the last must be 0); room for it to
+    work in, all zeros.
     """
 
-    @compiled
-    def code_floats(tops: U16, counts: I64, words: I32) -> int:
+    @compiled_ahead
+    def code_floats(tops: U16, counts: I64, words: I32, slots: I32, room64: I64) -> int:
         low, width, position = 0, START, 0
         if decoding:
             low = words[0] << 32 | words[1] << 16 | words[2]
             position = 3
-        signs = np.full(4, EVEN, np.int32)
-        slots = np.full(512, EVEN, np.int32)  # of all tensors, and of this one
-        weights = np.full(16, 32768, np.int64)
-        steps = np.zeros(8, np.int64)
+        slots[:] = EVEN
+        signs = slots[512:]
+        weights, steps = room64[:16], room64[16:]
+        weights[:] = 32768
         seen = tensor = 0
         left = counts[0]
         for i in range(tops.size):
             while left == 0:
                 tensor += 1
                 left = counts[tensor]
-                slots[256:] = EVEN
+                slots[256:512] = EVEN
             left -= 1
             top: Any = np.int64(tops[_u(i)])
             s0 = signs[_u(seen)]

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from clipq.archive.rangecoder import (
     EVEN,
@@ -32,28 +31,36 @@ from clipq.archive.rangecoder import (
     shift_out,
 )
 from clipq.archive.rangecoder import as_index as _u
-from clipq.archive.tables import CAPPED, LOG, NEAR, RECIPROCAL, STEP, STRETCH
-from clipq.jit import compiled
+from clipq.archive.tables import (
+    ACTIVITY_CONTEXTS,
+    CAPPED,
+    LOG,
+    NEAR,
+    NEIGHBOUR_CONTEXTS,
+    OUT_OF_SPACE,
+    RECIPROCAL,
+    STEP,
+    STRETCH,
+)
+from clipq.jit import compiled_ahead
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
 I64 = npt.NDArray[np.int64]
 
-NEIGHBOUR_CONTEXTS, ACTIVITY_CONTEXTS = 81, 24
 ZERO_WEIGHTS = (24000, 5000, 0, 16000, 32000, 28000)  # column, group, above, row, two adaptive probabilities
 LEVEL_WEIGHTS = (14000, 24000, 44000)  # activity, two adaptive probabilities
 SIGN_WEIGHTS = (-690000, -545000, -63000, -800000)  # left, lag 1, above, column
 MAX_WEIGHT = 1 << 20
-OUT_OF_SPACE = -1
 
 
-@njit(nogil=True)
+@compiled_ahead
 def _learned(weight: int, step: int) -> int:
     weight += step >> 16
     return -MAX_WEIGHT if weight < -MAX_WEIGHT else MAX_WEIGHT if weight > MAX_WEIGHT else weight
 
 
-@njit(nogil=True)
+@compiled_ahead
 def _look_above(
     signed: I8, here: int, row: int, m: int, lag2: int, column: I64, group: I64, mean: int, x0: I32, x1: I32, x2: I32
 ) -> None:
@@ -70,7 +77,7 @@ def _look_above(
         x2[j] = LOG[near * 25 + half] - log_mean
 
 
-@njit(nogil=True)
+@compiled_ahead
 def _correlation(error: I32, x: I32, m: int) -> int:
     total = 0
     for j in range(m):
@@ -78,7 +85,7 @@ def _correlation(error: I32, x: I32, m: int) -> int:
     return total >> 8
 
 
-@njit(nogil=True)
+@compiled_ahead
 def _remember(signed: I8, here: int, m: int, lag2: int, rows: int, column: I64, column_sign: I64, group: I64) -> None:
     """Bring the running means up to date with a row."""
     share = RECIPROCAL[rows + 2]
@@ -96,41 +103,50 @@ def _remember(signed: I8, here: int, m: int, lag2: int, rows: int, column: I64, 
 
 
 def _build(decoding: bool) -> Callable[..., int]:
-    """Make the coder of one tile.
+    """Make the coder of one tile: returns the number of words used, or `OUT_OF_SPACE`.
 
-    Its arguments: codes (uint8, in or out); words (int32, 16 bits each, out or in; when decoding the last
-    must be 0); row length; two lags at which neighbours in the row lie; pivot; levels; mean activity in units
-    of 1/256; the step of the zero flag's weights; how many bits an adaptive probability remembers.
-    It returns the number of words used, or `OUT_OF_SPACE`.
+    Its arguments: codes (uint8, in or out); words (int32, 16 bits each, out or in; when decoding the last must be 0);
+    room for it to work in, all zeros, as `clipq.archive.coder` measures it; row length; two lags at which neighbours in
+    the row lie; pivot; levels; the bits of a level; mean activity in units of 1/256; the step of the zero flag's
+    weights; how many bits an adaptive probability remembers.
     """
 
-    @compiled
+    @compiled_ahead
     def code_tile(
-        codes: U8, words: I32, row: int, lag1: int, lag2: int, pivot: int, levels: int, mean: int, rate: int, limit: int
+        codes: U8,
+        words: I32,
+        signed: I8,  # activity of each element, 0 to 8, with its sign
+        room64: I64,
+        room32: I32,
+        slots: I32,
+        row: int,
+        lag1: int,
+        lag2: int,
+        pivot: int,
+        levels: int,
+        bits: int,
+        mean: int,
+        rate: int,
+        limit: int,
     ) -> int:
         n = codes.size
         low, width, position = 0, START, 0
         if decoding:
             low = words[0] << 32 | words[1] << 16 | words[2]
             position = 3
-        largest = pivot if pivot > levels - 1 - pivot else levels - 1 - pivot
-        bits = 0
-        while 1 << bits < largest:
-            bits += 1
         shift = bits - 3 if bits > 3 else 0
-        pad = 2 * row + 2
-        pad = lag1 if lag1 > pad else pad
-        pad = lag2 if lag2 > pad else pad
-        signed = np.zeros(pad + n + row + 2, np.int8)  # activity of each element, 0 to 8, with its sign
-        column = np.full(row, mean << 8, np.int64)
-        column_sign = np.zeros(row, np.int64)
-        group = np.full(row // lag2 + 1, mean << 8, np.int64)
-        x0, x1, x2 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
-        x3, x4, x5 = np.zeros(row, np.int32), np.zeros(row, np.int32), np.zeros(row, np.int32)
-        known, error = np.zeros(row, np.int32), np.zeros(row, np.int32)
-        slots = np.full((NEIGHBOUR_CONTEXTS + ACTIVITY_CONTEXTS << bits) + 4, EVEN, np.int32)
-        steps = np.zeros(10, np.int64)
-        weights = np.zeros(9 * 4, np.int64)
+        pad = signed.size - n - row - 2
+        column, column_sign, group = room64[:row], room64[row : 2 * row], room64[2 * row : 3 * row + 1]
+        steps, weights = room64[3 * row + 1 : 3 * row + 11], room64[3 * row + 11 : 3 * row + 47]
+        x0, x1, x2 = room32[:row], room32[row : 2 * row], room32[2 * row : 3 * row]
+        x3, x4, x5 = room32[3 * row : 4 * row], room32[4 * row : 5 * row], room32[5 * row : 6 * row]
+        known, error = room32[6 * row : 7 * row], room32[7 * row : 8 * row]
+        for j in range(row):
+            column[j] = mean << 8
+        for j in range(row // lag2 + 1):
+            group[j] = mean << 8
+        for j in range(slots.size):
+            slots[j] = EVEN
         for d in range(1, 9):
             for f in range(3):
                 weights[4 * d + f] = LEVEL_WEIGHTS[f]

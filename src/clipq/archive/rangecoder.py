@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from clipq.archive.tables import ADAPT, SQUASH
+from clipq.jit import compiled_ahead
 
 I32 = npt.NDArray[np.int32]
 
@@ -23,7 +23,7 @@ START = (1 << 48) - 1
 EVEN = 1 << 30  # an adaptive probability of a half that saw no bit yet: 23 bits of probability, 8 of count
 
 
-@njit(nogil=True)
+@compiled_ahead
 def adapted(slot: int, bit: int, limit: int) -> int:
     """An adaptive probability after it saw a bit."""
     count, p = slot & 255, slot >> 8
@@ -32,20 +32,20 @@ def adapted(slot: int, bit: int, limit: int) -> int:
     return p << 8 | (count + 1 if count < limit else limit)
 
 
-@njit(nogil=True)
+@compiled_ahead
 def shift_in(low: int, width: int, position: int, words: I32) -> tuple[int, int, int]:
     """Take the next word of the coded data."""
     return low << 16 | words[as_index(position)], width << 16, position + (1 if position + 1 < words.size else 0)
 
 
-@njit(nogil=True)
+@compiled_ahead
 def shift_out(low: int, width: int, position: int, words: I32) -> tuple[int, int, int]:
     """Give away the word that is settled but for a carry, up to 17 bits: carries are added at the end."""
     words[as_index(position)] = low >> 32
     return (low & (LEAST - 1)) << 16, width << 16, position + 1
 
 
-@njit(nogil=True)
+@compiled_ahead
 def decode_bit(low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int, int]:
     bound = (width >> 16) * p1
     bit = 1 if low < bound else 0
@@ -56,7 +56,7 @@ def decode_bit(low: int, width: int, position: int, words: I32, p1: int) -> tupl
     return bit, low, width, position
 
 
-@njit(nogil=True)
+@compiled_ahead
 def encode_bit(bit: int, low: int, width: int, position: int, words: I32, p1: int) -> tuple[int, int, int]:
     bound = (width >> 16) * p1
     low = low if bit else low + bound
@@ -66,13 +66,13 @@ def encode_bit(bit: int, low: int, width: int, position: int, words: I32, p1: in
     return low, width, position
 
 
-@njit(nogil=True)
+@compiled_ahead
 def probability(logit: int) -> int:
     p: int = SQUASH[as_index(2048 + (-2047 if logit < -2047 else 2047 if logit > 2047 else logit))]
     return p
 
 
-@njit(nogil=True)
+@compiled_ahead
 def finish(low: int, width: int, position: int, words: I32) -> int:
     """Give away what is left: the number in the interval with the most zeros at its end, as those are not stored."""
     top = low + width - 1

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import zstandard
 
 from clipq.archive import dtypes
+from clipq.archive.coder import WORDS_PER_ELEMENT, code_floats
 from clipq.archive.wire import Cursor, Sink
 
 U8 = npt.NDArray[np.uint8]
@@ -85,12 +86,10 @@ def encode_group(data: U8, counts: Sequence[int], dtype_code: int, effort: str) 
     planes = encode_raw(data, itemsize, effort)
     if dtype_code not in _MANTISSA_BITS or not data.size:
         return planes
-    from clipq.archive import floats  # imports Numba, which takes a while
-
     rest = _MANTISSA_BITS[dtype_code]
     bits = data.view(f"<u{itemsize}")
-    words = np.zeros(floats.WORDS_PER_ELEMENT * bits.size + 8, np.int32)
-    n = floats.encode_floats((bits >> rest).astype(np.uint16), np.array(counts, np.int64), words)
+    words = np.zeros(WORDS_PER_ELEMENT * bits.size + 8, np.int32)
+    n = code_floats(False, (bits >> rest).astype(np.uint16), np.array(counts, np.int64), words)
     coded = words[:n].astype(">u2").tobytes().rstrip(b"\0")
     kept = rest
     while kept and not (bits & ((1 << (rest - kept + 1)) - 1)).any():
@@ -121,8 +120,6 @@ def decode_group(payload: memoryview, out: U8, counts: Sequence[int], dtype_code
         return
     if kept > rest:
         raise cursor.damaged(f"{kept} bits of mantissa are kept of {rest}")
-    from clipq.archive import floats  # imports Numba, which takes a while
-
     bits = out.view(f"<u{itemsize}")
     data = bytes(cursor.raw(cursor.varint(cursor.left)))
     string = cursor.raw(-(-bits.size * kept // 8))
@@ -130,7 +127,7 @@ def decode_group(payload: memoryview, out: U8, counts: Sequence[int], dtype_code
     words = np.zeros(len(data) // 2 + 4, np.int32)
     words[: -(-len(data) // 2)] = np.frombuffer(data + b"\0" * (len(data) % 2), ">u2")
     tops = np.empty(bits.size, np.uint16)
-    floats.decode_floats(tops, np.array(counts, np.int64), words)
+    code_floats(True, tops, np.array(counts, np.int64), words)
     mantissas = np.zeros((bits.size, 8 * itemsize), np.uint8)
     found = np.unpackbits(np.frombuffer(string, np.uint8), count=bits.size * kept)
     mantissas[:, 9 : 9 + kept] = found.reshape(bits.size, kept)

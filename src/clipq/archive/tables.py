@@ -13,6 +13,8 @@ import numpy as np
 _LOGIT_LIMIT = 2047
 ONE = 1 << 16
 LOG_ENTRIES = 2304
+NEIGHBOUR_CONTEXTS, ACTIVITY_CONTEXTS = 81, 24
+OUT_OF_SPACE = -1  # in place of a number of words
 
 # logit of a probability, by its top 12 bits
 STRETCH = np.array(

@@ -7,21 +7,24 @@ dimension makes the rows, and at which distances within a row neighbours are loo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from clipq.archive.coder import code_tile
 from clipq.archive.codes import Codebook
-from clipq.archive.tables import RECIPROCAL
+from clipq.archive.tables import OUT_OF_SPACE, RECIPROCAL
 from clipq.archive.wire import Cursor, Sink
 
 TILE_ELEMENTS = 2**20
 MAX_ROW = 2**16
 _LOOKUP = 2**14  # elements at a time: NumPy widens the indices to 64 bits
 _SAMPLE = 2**19
+_WORTH_A_GLANCE = 2**14  # from as many elements on, a quarter of them tells which scans to try on all
+_RATES = (100, 0, 30, 60, 160, 250)
 
 U8 = npt.NDArray[np.uint8]
 Bits = npt.NDArray[np.unsignedinteger]
@@ -81,33 +84,43 @@ def in_scan_order(codes: U8, shape: tuple[int, ...], swapped: bool) -> U8:
     return codes.reshape(shape).swapaxes(0, 1).reshape(-1) if swapped else codes
 
 
-def choose_scan(codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: str, pool: Executor) -> Scan:
+def choose_scan(
+    codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: str, pool: Executor
+) -> tuple[Scan, bytes | None]:
     """Try scans on the tensor, or for "default" on its first rows, and give the one that takes least.
 
     Args:
         pool: tries several at once.
+
+    Returns:
+        The scan, and what `encode_tile` gives for the tensor if one tile holds all of it and was tried.
     """
     if len(codebook.bits) == 1:
-        return Scan(False, *_lags(shape, False)[0], 1)
-    trial = TILE_ELEMENTS if effort == "max" else _SAMPLE
-    sizes: dict[Scan, int] = {}
+        return Scan(False, *_lags(shape, False)[0], 1), None
+    most = min(TILE_ELEMENTS if effort == "max" else _SAMPLE, codes.size)
+    tried: dict[tuple[Scan, int], bytes] = {}
 
-    def best(candidates: Iterable[Scan]) -> Scan:
-        scans = list(candidates)
-        new = [scan for scan in scans if scan not in sizes]
-        sizes.update(zip(new, pool.map(lambda s: _trial_bytes(codebook, codes, shape, s, trial), new), strict=True))
-        return min(scans, key=sizes.__getitem__)
+    def best(scans: Sequence[Scan], every: int = 1) -> list[Scan]:
+        new = [(scan, every) for scan in scans if (scan, every) not in tried]
+        coded = pool.map(lambda trial: _trial(codebook, codes, shape, trial[0], most, trial[1]), new)
+        tried.update(zip(new, coded, strict=True))
+        return sorted(scans, key=lambda scan: len(tried[scan, every]))
 
-    scan = best(
+    scans = [
         Scan(swapped, lag1, lag2, mean)
         for swapped in ((False, True) if can_swap(shape) else (False,))
         for mean in (_mean_activity(codebook, codes, shape, swapped),)
         for lag1, lag2 in _lags(shape, swapped)
-    )
-    scan = best(replace(scan, rate=rate) for rate in ((100, 30) if effort == "default" else (100, 0, 30, 60, 160, 250)))
+    ]
+    if effort == "default" and most >= _WORTH_A_GLANCE:
+        scans = best(scans, every=4)[:3]
+        scans = [scan for scan in scans if len(tried[scan, 4]) <= 1.02 * len(tried[scans[0], 4])]
+    scan = best(scans)[0]
+    scan = best([replace(scan, rate=rate) for rate in ((100, 30) if effort == "default" else _RATES)])[0]
     if effort == "max":
-        scan = best(replace(scan, limit=limit) for limit in (250, 30, 60, 120))
-    return scan
+        scan = best([replace(scan, limit=limit) for limit in (250, 30, 60, 120)])[0]
+    of_all = tile_count(shape, scan.swapped) == 1 and most == codes.size
+    return scan, tried[scan, 1] if of_all else None
 
 
 def adapted(scan: Scan, codebook: Codebook, codes: U8, shape: tuple[int, ...]) -> Scan:
@@ -127,15 +140,17 @@ def _lags(shape: tuple[int, ...], swapped: bool) -> list[tuple[int, int]]:
     return [(2, 3)] + [(side, side**2) for side in sides]
 
 
-def _trial_bytes(codebook: Codebook, codes: U8, shape: tuple[int, ...], scan: Scan, most: int) -> int:
+def _trial(codebook: Codebook, codes: U8, shape: tuple[int, ...], scan: Scan, most: int, every: int) -> bytes:
+    """The first rows, or every few of them, as they would be coded."""
     row = row_length(shape, scan.swapped)
-    rows = max(1, min(most, TILE_ELEMENTS) // row)
+    rows = slice(0, max(1, most // row), every)
     if scan.swapped:
-        kernel = row // shape[0]
-        part = np.ascontiguousarray(codes.reshape(shape[0], shape[1], kernel)[:, :rows].swapaxes(0, 1)).reshape(-1)
+        part = codes.reshape(shape[0], shape[1], row // shape[0])[:, rows].swapaxes(0, 1)
+    elif every == 1 or codes.size % row:
+        part = codes[: rows.stop * row]
     else:
-        part = codes[: rows * row]
-    return len(_encode(codebook, part, row, scan))
+        part = codes.reshape(-1, row)[rows]
+    return _encode(codebook, np.ascontiguousarray(part).reshape(-1), row, scan)
 
 
 def _mean_activity(codebook: Codebook, codes: U8, shape: tuple[int, ...], swapped: bool) -> int:
@@ -147,7 +162,8 @@ def _mean_activity(codebook: Codebook, codes: U8, shape: tuple[int, ...], swappe
     row = row_length(shape, swapped)
     if can_swap(shape):
         away = codes.reshape(*shape[:2], -1) != codebook.pivot
-        live = int(away.any(axis=(0, 2) if swapped else (1, 2)).sum()) * row
+        alive = away.any(axis=0) if swapped else away.reshape(shape[0], -1)
+        live = int(alive.any(axis=1).sum()) * row
     else:
         live = codes.size
     return min(max(256 * total // max(live, 1), 1), 2048)
@@ -180,14 +196,12 @@ def encode_tile(codebook: Codebook, codes: U8, shape: tuple[int, ...], scan: Sca
 
 
 def _encode(codebook: Codebook, codes: U8, row: int, scan: Scan) -> bytes:
-    from clipq.archive import model  # imports Numba, which takes a while
-
     settings = (scan.lag1, scan.lag2, codebook.pivot, len(codebook.bits), scan.mean, scan.rate, scan.limit)
     size = codes.size // 4 + 7 * row + 64
     while True:
         words = np.zeros(size, np.int32)
-        n = model.encode_tile(codes, words, row, *settings)
-        if n != model.OUT_OF_SPACE:
+        n = code_tile(False, codes, words, row, *settings)
+        if n != OUT_OF_SPACE:
             return words[:n].astype(">u2").tobytes().rstrip(b"\0")
         size *= 3
 
@@ -201,14 +215,12 @@ def decode_tile(
         Cursor(data, what).end()
         out[tile] = codebook.bits[0]
         return
-    from clipq.archive import model  # imports Numba, which takes a while
-
     row = row_length(shape, scan.swapped)
     words = np.zeros(len(data) // 2 + 4, np.int32)
     words[: -(-len(data) // 2)] = np.frombuffer(bytes(data) + b"\0" * (len(data) % 2), ">u2")
     codes = np.empty(n, np.uint8)
     settings = (scan.lag1, scan.lag2, codebook.pivot, len(codebook.bits), scan.mean, scan.rate, scan.limit)
-    model.decode_tile(codes, words, row, *settings)
+    code_tile(True, codes, words, row, *settings)
     if scan.swapped:
         place = out.reshape(shape[0], shape[1], row // shape[0])[:, tile.start // row : tile.stop // row]
         place[:] = codebook.bits[codes.reshape(-1, shape[0], row // shape[0])].swapaxes(0, 1)

@@ -180,7 +180,7 @@ def scan_of(array: Array, effort: Effort = "default") -> tiles.Scan | None:
     dtype_code = dtypes.code_of(array, "the array")
     with ThreadPoolExecutor(1) as pool:
         found = find_codes(_bytes(array).view(dtypes.bits_dtype(array.dtype)), dtype_code, pool)
-        return None if found is None else tiles.choose_scan(*found, array.shape, effort, pool)
+        return None if found is None else tiles.choose_scan(*found, array.shape, effort, pool)[0]
 
 
 def _encode_tensor(
@@ -212,23 +212,26 @@ def _encode_codes(
     if found is None:
         return None
     codebook, codes = found
-    if scan is None:
-        scan = tiles.choose_scan(codebook, codes, array.shape, effort, pool)
-    else:
-        scan = tiles.adapted(scan, codebook, codes, array.shape)
-    ordered = tiles.in_scan_order(codes, array.shape, scan.swapped)
-    start = Sink()
-    encode_codebook(start, codebook, dtype_code)
-    tiles.encode_scan(start, scan)
+    if scan is not None:
+        tried: list[tuple[tiles.Scan, bytes | None]] = [(tiles.adapted(scan, codebook, codes, array.shape), None)]
+    else:  # what is best for the first tile need not be for all: the largest effort includes the smaller
+        efforts = ("max", "default") if effort == "max" else (effort,)
+        tried = [tiles.choose_scan(codebook, codes, array.shape, each, pool) for each in efforts]
 
-    def encode(tile: slice) -> bytes:
-        return tiles.encode_tile(codebook, ordered[tile], array.shape, scan)
+    def encoded(scan: tiles.Scan, only_tile: bytes | None) -> _Stored:
+        start = Sink()
+        encode_codebook(start, codebook, dtype_code)
+        tiles.encode_scan(start, scan)
+        if only_tile is not None:
+            return _Stored("codes", [bytes(start.data) + only_tile], scan.swapped)
+        ordered = tiles.in_scan_order(codes, array.shape, scan.swapped)
+        parts = tiles.tiles(array.shape, scan.swapped)
+        payloads = list(pool.map(lambda tile: tiles.encode_tile(codebook, ordered[tile], array.shape, scan), parts))
+        return _Stored("codes", [bytes(start.data) + payloads[0], *payloads[1:]], scan.swapped)
 
-    payloads = list(pool.map(encode, tiles.tiles(array.shape, scan.swapped)))
-    payloads[0] = bytes(start.data) + payloads[0]
-    if max(map(len, payloads)) > MAX_BLOCK_BYTES:  # only what is made to mislead the model
-        return None
-    return _Stored("codes", payloads, scan.swapped)
+    best = min((encoded(*each) for each in tried), key=lambda stored: sum(map(len, stored.payloads)))
+    # Only what is made to mislead the model is so large.
+    return best if max(map(len, best.payloads)) <= MAX_BLOCK_BYTES else None
 
 
 def _encode_group(arrays: Sequence[Array], effort: Effort) -> bytes:
