@@ -164,6 +164,16 @@ def test_tensors_that_were_encoded_before_change_no_byte(most_bytes: int) -> Non
         changed.reshape(-1)[int(rng.integers(changed.size))] += 1
 
 
+@pytest.mark.slow
+def test_the_largest_effort_takes_no_more_where_the_first_tile_is_unlike_the_others() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (4096, 1024))
+    centre = np.repeat(rng.integers(-8, 8, 64), 16)[:, None]
+    codes[:1024] = np.clip(centre + rng.integers(-1, 2, (1024, 1024)), -8, 7)
+    default, most = (archive.encoded_size(codes.astype(np.float32), effort) for effort in EFFORTS)
+    assert most <= default
+
+
 def test_a_tensor_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     encode = writer._encode_tensor
