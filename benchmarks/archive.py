@@ -265,7 +265,8 @@ def main() -> None:
         if arguments.net and name not in arguments.net:
             continue
         print(name, flush=True)
-        net, repeats = make(), 1 if name == LARGE else 8
+        net = make()
+        repeats = 1 if name == LARGE else max(8, 10**7 // sum(array.size for array in net.values()))
         known = results["nets"].get(name, {}).get("nncodec")
         results["nets"][name] = {
             "plain": plain_sizes(net),

@@ -52,7 +52,8 @@ def find_codes(bits: Bits, dtype_code: int, pool: Executor) -> tuple[Codebook, U
         ranks = np.empty(len(known), np.uint8)
         order = np.argsort(dtypes.order_key(known, dtype_code))
         ranks[order] = np.arange(len(order))
-        parts, unknown = zip(*pool.map(partial(_look_up, known, ranks), chunks), strict=True)
+        at_once = pool.map if len(chunks) > 1 else map
+        parts, unknown = zip(*at_once(partial(_look_up, known, ranks), chunks), strict=True)
         if not any(len(values) for values in unknown):
             codes = np.concatenate(parts)
             zeros = np.flatnonzero(known[order] == 0)
@@ -115,8 +116,9 @@ def decode_codebook(cursor: Cursor, dtype_code: int) -> Codebook:
 
     def take(bits: int) -> int:
         nonlocal string, n
-        while n < bits:
-            string, n = string << 8 | cursor.byte(), n + 8
+        if n < bits:
+            more = -(-(bits - n) // 8)
+            string, n = string << 8 * more | int.from_bytes(cursor.raw(more), "big"), n + 8 * more
         n -= bits
         value, string = string >> n, string & ((1 << n) - 1)
         return value

@@ -209,7 +209,8 @@ class Archive(Mapping[str, Array]):
             payload = first[cursor.position :] if i == 0 else self._payload(tensor, i)
             decode_tile(codebook, payload, tensor.shape, scan, tile, elements, tensor.name)
 
-        for _ in pool.map(decode, range(len(tensor.blocks)), tiles(tensor.shape, tensor.swapped)):
+        at_once = pool.map if len(tensor.blocks) > 1 else map
+        for _ in at_once(decode, range(len(tensor.blocks)), tiles(tensor.shape, tensor.swapped)):
             pass
 
     def _decode_raw(self, tensor: TensorHeader, out: npt.NDArray[np.uint8], pool: ThreadPoolExecutor) -> None:

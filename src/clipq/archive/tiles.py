@@ -23,7 +23,7 @@ TILE_ELEMENTS = 2**20
 MAX_ROW = 2**16
 _LOOKUP = 2**14  # elements at a time: NumPy widens the indices to 64 bits
 _SAMPLE = 2**19
-_WORTH_A_GLANCE = 2**14  # from as many elements on, a quarter of them tells which scans to try on all
+_WORTH_A_GLANCE = 2**14  # from as many elements on, a quarter of them tells which scans to try on all, on all cores
 _RATES = (100, 0, 30, 60, 160, 250)
 
 U8 = npt.NDArray[np.uint8]
@@ -101,15 +101,17 @@ def choose_scan(
     tried: dict[tuple[Scan, int], bytes] = {}
 
     def best(scans: Sequence[Scan], every: int = 1) -> list[Scan]:
-        new = [(scan, every) for scan in scans if (scan, every) not in tried]
-        coded = pool.map(lambda trial: _trial(codebook, codes, shape, trial[0], most, trial[1]), new)
-        tried.update(zip(new, coded, strict=True))
+        new = [scan for scan in scans if (scan, every) not in tried]
+        at_once = pool.map if codes.size >= _WORTH_A_GLANCE else map
+        coded = at_once(lambda scan: _trial(codebook, codes, shape, scan, most, every), new)
+        tried.update(zip([(scan, every) for scan in new], coded, strict=True))
         return sorted(scans, key=lambda scan: len(tried[scan, every]))
 
+    activity = _activity(codebook, codes)
     scans = [
         Scan(swapped, lag1, lag2, mean)
         for swapped in ((False, True) if can_swap(shape) else (False,))
-        for mean in (_mean_activity(codebook, codes, shape, swapped),)
+        for mean in (_mean_activity(activity, codebook.pivot, codes, shape, swapped),)
         for lag1, lag2 in _lags(shape, swapped)
     ]
     if effort == "default" and most >= _WORTH_A_GLANCE:
@@ -125,7 +127,8 @@ def choose_scan(
 
 def adapted(scan: Scan, codebook: Codebook, codes: U8, shape: tuple[int, ...]) -> Scan:
     """The scan of a tensor much like this one, with what is this one's own."""
-    return replace(scan, mean=_mean_activity(codebook, codes, shape, scan.swapped))
+    mean = _mean_activity(_activity(codebook, codes), codebook.pivot, codes, shape, scan.swapped)
+    return replace(scan, mean=mean)
 
 
 def _lags(shape: tuple[int, ...], swapped: bool) -> list[tuple[int, int]]:
@@ -153,15 +156,19 @@ def _trial(codebook: Codebook, codes: U8, shape: tuple[int, ...], scan: Scan, mo
     return _encode(codebook, np.ascontiguousarray(part).reshape(-1), row, scan)
 
 
-def _mean_activity(codebook: Codebook, codes: U8, shape: tuple[int, ...], swapped: bool) -> int:
-    """Mean activity, in the model's units, of the rows that have any."""
+def _activity(codebook: Codebook, codes: U8) -> int:
+    """The activity of all elements together, in the model's units."""
     levels = np.abs(np.arange(len(codebook.bits)) - codebook.pivot)
     shift = max(0, int(max(levels.max() - 1, 0)).bit_length() - 3)
     activity = np.where(levels > 0, 1 + (levels - 1 >> shift), 0)
-    total = int(activity @ np.bincount(codes, minlength=len(levels)))
+    return int(activity @ np.bincount(codes, minlength=len(levels)))
+
+
+def _mean_activity(total: int, pivot: int, codes: U8, shape: tuple[int, ...], swapped: bool) -> int:
+    """Mean activity of the rows that have any, of this in total."""
     row = row_length(shape, swapped)
     if can_swap(shape):
-        away = codes.reshape(*shape[:2], -1) != codebook.pivot
+        away = codes.reshape(*shape[:2], -1) != pivot
         alive = away.any(axis=0) if swapped else away.reshape(shape[0], -1)
         live = int(alive.any(axis=1).sum()) * row
     else:

@@ -49,7 +49,10 @@ class Cursor:
         return self._data[self.position - n : self.position]
 
     def byte(self) -> int:
-        return self.raw(1)[0]
+        if self.position >= len(self._data):
+            raise self.damaged("a byte more is announced and none is left")
+        self.position += 1
+        return self._data[self.position - 1]
 
     def varint(self, maximum: int = 2**63 - 1) -> int:
         value = shift = 0
