@@ -6,6 +6,7 @@ dimension makes the rows, and at which distances within a row neighbours are loo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
@@ -22,7 +23,6 @@ from clipq.archive.wire import Cursor, Sink
 TILE_ELEMENTS = 2**20
 MAX_ROW = 2**16
 _LOOKUP = 2**14  # elements at a time: NumPy widens the indices to 64 bits
-_SAMPLE = 2**19
 _WORTH_A_GLANCE = 2**14  # from as many elements on, a quarter of them tells which scans to try on all, on all cores
 _RATES = (100, 0, 30, 60, 160, 250)
 
@@ -87,7 +87,7 @@ def in_scan_order(codes: U8, shape: tuple[int, ...], swapped: bool) -> U8:
 def choose_scan(
     codebook: Codebook, codes: U8, shape: tuple[int, ...], effort: str, pool: Executor
 ) -> tuple[Scan, bytes | None]:
-    """Try scans on the tensor, or for "default" on its first rows, and give the one that takes least.
+    """Try scans on the tensor, or on as many of its rows as a tile has, and give the one that takes least.
 
     Args:
         pool: tries several at once.
@@ -97,15 +97,21 @@ def choose_scan(
     """
     if len(codebook.bits) == 1:
         return Scan(False, *_lags(shape, False)[0], 1), None
-    most = min(TILE_ELEMENTS if effort == "max" else _SAMPLE, codes.size)
+    every = -(-codes.size // TILE_ELEMENTS)
     tried: dict[tuple[Scan, int], bytes] = {}
+    sampled = functools.cache(functools.partial(_sampled, codes, shape))
 
-    def best(scans: Sequence[Scan], every: int = 1) -> list[Scan]:
+    def taken(scan: Scan, every: int) -> float:
+        """Bytes; of samples, which differ in what they hold, per byte of their entropy."""
+        return len(tried[scan, every]) / sampled(scan.swapped, every)[1]
+
+    def best(scans: Sequence[Scan], every: int = every) -> list[Scan]:
         new = [scan for scan in scans if (scan, every) not in tried]
+        parts = [sampled(scan.swapped, every)[0] for scan in new]
         at_once = pool.map if codes.size >= _WORTH_A_GLANCE else map
-        coded = at_once(lambda scan: _trial(codebook, codes, shape, scan, most, every), new)
+        coded = at_once(lambda scan, part: _encode(codebook, part, row_length(shape, scan.swapped), scan), new, parts)
         tried.update(zip([(scan, every) for scan in new], coded, strict=True))
-        return sorted(scans, key=lambda scan: len(tried[scan, every]))
+        return sorted(scans, key=lambda scan: taken(scan, every))
 
     activity = _activity(codebook, codes)
     scans = [
@@ -114,15 +120,14 @@ def choose_scan(
         for mean in (_mean_activity(activity, codebook.pivot, codes, shape, swapped),)
         for lag1, lag2 in _lags(shape, swapped)
     ]
-    if effort == "default" and most >= _WORTH_A_GLANCE:
-        scans = best(scans, every=4)[:3]
-        scans = [scan for scan in scans if len(tried[scan, 4]) <= 1.02 * len(tried[scans[0], 4])]
+    if effort == "default" and every == 1 and codes.size >= _WORTH_A_GLANCE:
+        scans = best(scans, 4)[:3]
+        scans = [scan for scan in scans if taken(scan, 4) <= 1.02 * taken(scans[0], 4)]
     scan = best(scans)[0]
     scan = best([replace(scan, rate=rate) for rate in ((100, 30) if effort == "default" else _RATES)])[0]
     if effort == "max":
         scan = best([replace(scan, limit=limit) for limit in (250, 30, 60, 120)])[0]
-    of_all = tile_count(shape, scan.swapped) == 1 and most == codes.size
-    return scan, tried[scan, 1] if of_all else None
+    return scan, tried.get((scan, 1)) if tile_count(shape, scan.swapped) == 1 else None
 
 
 def adapted(scan: Scan, codebook: Codebook, codes: U8, shape: tuple[int, ...]) -> Scan:
@@ -143,17 +148,21 @@ def _lags(shape: tuple[int, ...], swapped: bool) -> list[tuple[int, int]]:
     return [(2, 3)] + [(side, side**2) for side in sides]
 
 
-def _trial(codebook: Codebook, codes: U8, shape: tuple[int, ...], scan: Scan, most: int, every: int) -> bytes:
-    """The first rows, or every few of them, as they would be coded."""
-    row = row_length(shape, scan.swapped)
-    rows = slice(0, max(1, most // row), every)
-    if scan.swapped:
-        part = codes.reshape(shape[0], shape[1], row // shape[0])[:, rows].swapaxes(0, 1)
-    elif every == 1 or codes.size % row:
-        part = codes[: rows.stop * row]
+def _sampled(codes: U8, shape: tuple[int, ...], swapped: bool, every: int) -> tuple[U8, float]:
+    """The rows, or every few of them, and then their order-0 entropy in bytes."""
+    if every == 1:
+        return in_scan_order(codes, shape, swapped), 1.0
+    row = row_length(shape, swapped)
+    if swapped:
+        part = codes.reshape(shape[0], shape[1], row // shape[0])[:, ::every].swapaxes(0, 1)
+    elif codes.size % row:
+        part = codes[: -(-codes.size // (row * every)) * row]
     else:
-        part = codes.reshape(-1, row)[rows]
-    return _encode(codebook, np.ascontiguousarray(part).reshape(-1), row, scan)
+        part = codes.reshape(-1, row)[::every]
+    part = np.ascontiguousarray(part).reshape(-1)
+    counts = np.bincount(part)
+    counts = counts[counts > 0]
+    return part, max(1.0, float(counts @ np.log2(part.size / counts)) / 8)
 
 
 def _activity(codebook: Codebook, codes: U8) -> int:
