@@ -176,7 +176,7 @@ def scaling(net: Net) -> dict[str, Any]:
 
 
 def cold_start(content: bytes) -> dict[str, float]:
-    """Seconds of a new process that loads a file, with Numba's cache empty and full, once torch has been imported."""
+    """Seconds of a new process that loads a file, with no machine code kept and with it, once torch has been imported."""
     program = "import sys, time, torch; start = time.perf_counter(); from clipq import archive; "
     program += "archive.Archive(sys.argv[1]).read(); print(time.perf_counter() - start)"
     with tempfile.TemporaryDirectory() as folder:
@@ -232,8 +232,8 @@ def tables(results: Mapping[str, Any]) -> str:
         lines.append(f"- SqueezeNet: {share:.3f} of the released Deep-Compression file's {RELEASED_SQUEEZENET:,} bytes")
     cold = results["cold start"]
     lines.append(
-        f"- A new process that has imported torch loads LeNet-300-100 in {cold['empty cache']:.2f} s while Numba's "
-        f"cache is empty, in {cold['full cache']:.2f} s afterwards"
+        f"- A new process that has imported torch loads LeNet-300-100 in {cold['empty cache']:.2f} s while no machine "
+        f"code is kept, in {cold['full cache']:.2f} s afterwards"
     )
     if "scaling" in results:
         threads = results["scaling"]["threads"]
