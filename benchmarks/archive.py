@@ -176,7 +176,7 @@ def scaling(net: Net) -> dict[str, Any]:
 
 
 def cold_start(content: bytes) -> dict[str, float]:
-    """Seconds of a new process that loads a file, with no machine code kept and with it, once torch has been imported."""
+    """Seconds of a new process, once it imported torch, to load a file: with no machine code kept, and with it."""
     program = "import sys, time, torch; start = time.perf_counter(); from clipq import archive; "
     program += "archive.Archive(sys.argv[1]).read(); print(time.perf_counter() - start)"
     with tempfile.TemporaryDirectory() as folder:
