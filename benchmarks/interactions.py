@@ -64,15 +64,20 @@ def _own_plan(*arguments: Any) -> dict[str, Any]:
 
 
 def law(record: SearchRecord) -> list[dict[str, float]]:
-    """What whole plans along the curve add to the cost: measured, the sum of the groups alone, and the law's value."""
+    """What whole plans along the curve add to the cost: measured, the sum of the groups alone, and the law's value.
+
+    Plans that add next to nothing are left out, as the search does.
+    """
     assert record.interaction is not None
     a, b = record.interaction
-    measured = [p for p in record.curve if p.measured is not None and p.measured > record.base_cost]
-    whole = [(p.measured or 0.0) - record.base_cost for p in measured]
-    sums = [math.exp((math.log(p.predicted - record.base_cost) - a) / b) for p in measured]
+    plans = [(p, p.measured - record.base_cost) for p in record.curve if p.measured is not None]
+    most = max(whole for _, whole in plans)
+    measured = [(p, whole) for p, whole in plans if whole > predict.NEGLIGIBLE * most]
+    whole = [w for _, w in measured]
+    sums = [math.exp((math.log(p.predicted - record.base_cost) - a) / b) for p, _ in measured]
     return [
         {"bytes": p.bytes, "measured": w, "sum": s, "law": _without(i, sums, whole).whole(s)}
-        for i, (p, w, s) in enumerate(zip(measured, whole, sums, strict=True))
+        for i, ((p, w), s) in enumerate(zip(measured, sums, strict=True))
     ]
 
 

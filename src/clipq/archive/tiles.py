@@ -23,7 +23,8 @@ from clipq.archive.wire import Cursor, Sink
 TILE_ELEMENTS = 2**20
 MAX_ROW = 2**16
 _LOOKUP = 2**14  # elements at a time: NumPy widens the indices to 64 bits
-_WORTH_A_GLANCE = 2**14  # from as many elements on, a quarter of them tells which scans to try on all, on all cores
+_WORTH_THREADS, _WORTH_A_GLANCE = 2**14, 2**16
+"""From as many elements on, scans are tried on all cores, and a quarter of the rows tells which to try on all."""
 _RATES = (100, 0, 30, 60, 160, 250)
 
 U8 = npt.NDArray[np.uint8]
@@ -108,7 +109,7 @@ def choose_scan(
     def best(scans: Sequence[Scan], every: int = every) -> list[Scan]:
         new = [scan for scan in scans if (scan, every) not in tried]
         parts = [sampled(scan.swapped, every)[0] for scan in new]
-        at_once = pool.map if codes.size >= _WORTH_A_GLANCE else map
+        at_once = pool.map if codes.size >= _WORTH_THREADS else map
         coded = at_once(lambda scan, part: _encode(codebook, part, row_length(shape, scan.swapped), scan), new, parts)
         tried.update(zip([(scan, every) for scan in new], coded, strict=True))
         return sorted(scans, key=lambda scan: taken(scan, every))
@@ -120,7 +121,7 @@ def choose_scan(
         for mean in (_mean_activity(activity, codebook.pivot, codes, shape, swapped),)
         for lag1, lag2 in _lags(shape, swapped)
     ]
-    if effort == "default" and every == 1 and codes.size >= _WORTH_A_GLANCE:
+    if effort == "default" and every == 1 and codes.size >= _WORTH_A_GLANCE and len(scans) > 2:
         scans = best(scans, 4)[:3]
         scans = [scan for scan in scans if taken(scan, 4) <= 1.02 * taken(scans[0], 4)]
     scan = best(scans)[0]

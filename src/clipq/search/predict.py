@@ -29,6 +29,7 @@ _DESIGN = ((2, 0.8), (3, 0.3), (3, 1.5), (4, 3.0), (2, 2.2), (5, 0.1), (4, 1.0),
 """Where a group is evaluated alone, first to last: bits and sparsity; further ones are spread evenly."""
 WHOLE_PLANS = 6
 _RESOLUTION = 1e-5
+NEGLIGIBLE = 1e-3  # of the cost that the costliest plan adds
 _BISECTIONS = (3, 4)
 """Of the size for a drop: along the surfaces' curve, and then among plans of the family that is best there."""
 SCREENING = 0.25
@@ -53,8 +54,12 @@ class Interaction:
 
     @classmethod
     def fit(cls, alone: Sequence[float], whole: Sequence[float], resolution: float) -> Interaction:
-        """Least squares over plans that add more than the resolution."""
-        pairs = [(math.log(a), math.log(w)) for a, w in zip(alone, whole, strict=True) if min(a, w) > resolution]
+        """Least squares over plans that add more than the resolution, and a thousandth of what the costliest adds.
+
+        Logarithms of less are mostly noise, and far from the rest: they would turn the line.
+        """
+        least = max(resolution, NEGLIGIBLE * max(whole, default=0.0))
+        pairs = [(math.log(a), math.log(w)) for a, w in zip(alone, whole, strict=True) if min(a, w) > least]
         if len(pairs) < 2:
             return cls()
         x, y = np.array(pairs).T
