@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 
@@ -22,7 +21,7 @@ NET = {
     "bias": np.random.default_rng(0).standard_normal(64).astype(np.float32),
 }
 READ_AND_WRITE = """
-import hashlib, sys
+import sys
 sys.modules["numba"] = None  # importing it is an error
 import numpy as np
 from clipq import archive
@@ -48,8 +47,6 @@ def compiled_by_a_process(folder: Path, cache: Path) -> int:
 def test_the_shipped_code_is_what_the_sources_give(tmp_path: Path) -> None:
     shipped = {path.stem: path.read_text() for path in KERNELS.glob("*.ll")}
     assert sorted(shipped) == list(NAMES)
-    if f"Numba {numba.__version__}." not in shipped["decode_tile"].partition("\n")[0]:
-        pytest.skip(f"they are not of Numba {numba.__version__}")
     subprocess.run([sys.executable, "-m", "clipq.archive.precompile", str(tmp_path)], check=True)
     assert {path.stem: path.read_text() for path in tmp_path.glob("*.ll")} == shipped
 
@@ -93,4 +90,4 @@ def test_machine_code_is_kept_with_the_users_caches_if_not_beside_the_package(
 
 def test_a_kernel_takes_the_arrays_that_it_is_made_for() -> None:
     with pytest.raises(TypeError, match="decode_tile takes contiguous 1-D arrays of uint8, not 1-D int64"):
-        code_tile(True, np.zeros(4, np.int64), np.zeros(8, np.int32), 2, 1, 2, 0, 3, 1, 100, 250)  # type: ignore[arg-type]
+        code_tile(True, np.zeros(4, np.int64), np.zeros(8, np.int32), 2, 1, 2, 0, 3, 1, 100, 250)

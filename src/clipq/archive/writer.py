@@ -213,10 +213,10 @@ def _encode_codes(
         return None
     codebook, codes = found
     if scan is not None:
-        tried: list[tuple[tiles.Scan, bytes | None]] = [(tiles.adapted(scan, codebook, codes, array.shape), None)]
-    else:  # what is best for the first tile need not be for all: the largest effort includes the smaller
+        tried: dict[tiles.Scan, bytes | None] = {tiles.adapted(scan, codebook, codes, array.shape): None}
+    else:  # what is best for as many rows as a tile has need not be for all: the largest effort includes the smaller
         efforts = ("max", "default") if effort == "max" else (effort,)
-        tried = [tiles.choose_scan(codebook, codes, array.shape, each, pool) for each in efforts]
+        tried = dict(tiles.choose_scan(codebook, codes, array.shape, each, pool) for each in efforts)
 
     def encoded(scan: tiles.Scan, only_tile: bytes | None) -> _Stored:
         start = Sink()
@@ -229,7 +229,7 @@ def _encode_codes(
         payloads = list(pool.map(lambda tile: tiles.encode_tile(codebook, ordered[tile], array.shape, scan), parts))
         return _Stored("codes", [bytes(start.data) + payloads[0], *payloads[1:]], scan.swapped)
 
-    best = min((encoded(*each) for each in tried), key=lambda stored: sum(map(len, stored.payloads)))
+    best = min((encoded(*each) for each in tried.items()), key=lambda stored: sum(map(len, stored.payloads)))
     # Only what is made to mislead the model is so large.
     return best if max(map(len, best.payloads)) <= MAX_BLOCK_BYTES else None
 
