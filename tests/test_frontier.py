@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.characters import CHARACTERS, LENGTH, Transformer
@@ -23,6 +23,9 @@ from benchmarks.frontier.deep_compression import (
     k_means,
 )
 from benchmarks.frontier.others import FILTERS, Coded, LearnedStep, through_a_file
+from benchmarks.frontier.variants import RULES, Frozen, split_by_error, unchanged
+from benchmarks.frontier.variants import k_means as by_k_means
+from clipq.operator import QuantizerEntry, clip_quantize
 
 
 class Small(Bench):
@@ -114,3 +117,46 @@ def test_the_transformer_sees_no_later_characters() -> None:
     assert before.shape == (2, CHARACTERS, LENGTH)
     assert torch.allclose(before[..., :40], after[..., :40], atol=1e-5)
     assert not torch.allclose(before[..., 40:], after[..., 40:], atol=1e-2)
+
+
+@st.composite
+def trained(draw: st.DrawFn) -> tuple[Tensor, QuantizerEntry]:
+    """Weights as of a layer, and what is planned for it."""
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    weight = torch.randn(draw(st.integers(2, 30)), draw(st.integers(2, 30)), generator=rng)
+    return weight, QuantizerEntry("w", draw(st.floats(0, 0.99)), draw(st.integers(1, 4)))
+
+
+@given(trained())
+def test_variants_start_from_the_operator_as_it_is(of: tuple[Tensor, QuantizerEntry]) -> None:
+    weight, entry = of
+    expected = clip_quantize(weight, entry.pruning_rate, entry.bits).quantized
+    assert torch.allclose(unchanged(weight, entry), expected, atol=1e-6)
+
+
+@given(trained())
+def test_variants_prune_as_planned_in_as_many_levels(of: tuple[Tensor, QuantizerEntry]) -> None:
+    weight, entry = of
+    plain = unchanged(weight, entry)
+    for name, rule in RULES.items():
+        made = rule(weight, entry)
+        assert len(made.unique()) <= 2**entry.bits
+        assert not made[plain == 0].any()
+        assert name == "priced" or bool(((made != 0) == (plain != 0)).all())
+
+
+@given(trained())
+def test_variants_that_lessen_the_error_do(of: tuple[Tensor, QuantizerEntry]) -> None:
+    weight, entry = of
+    for rule in (split_by_error, by_k_means):
+        less, plain = (float((weight - f(weight, entry)).double().square().sum()) for f in (rule, unchanged))
+        assert less <= plain * (1 + 1e-6)
+
+
+def test_frozen_codes_stay_while_their_levels_move() -> None:
+    weight, entry = torch.randn(30, 30, generator=torch.Generator().manual_seed(0)), QuantizerEntry("w", 0.8, 2)
+    rule = Frozen(1)
+    before = [rule(weight, entry) for _ in range(2)][1]
+    assert torch.allclose(before, unchanged(weight, entry), atol=1e-6)
+    assert torch.allclose(rule(-2 * weight, entry), -2 * before)
+    assert torch.allclose(rule(weight, QuantizerEntry("w", 0.5, 2)), before)

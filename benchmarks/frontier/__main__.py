@@ -31,6 +31,7 @@ from benchmarks.frontier.bench import NETS, ROOT, Bench
 from benchmarks.frontier.deep_compression import deep_compression
 from benchmarks.frontier.others import coremltools, nncf, nncodec, qat
 from benchmarks.frontier.ours import at_once, ours, paper
+from benchmarks.frontier.variants import variant
 
 METHODS: dict[str, tuple[str, Callable[[Bench, str, Path], Path]]] = {
     "clipq": ("clipq, everything on", ours),
@@ -41,12 +42,15 @@ METHODS: dict[str, tuple[str, Callable[[Bench, str, Path], Path]]] = {
     "coremltools": ("coremltools, pruning and DKM", coremltools),
     "nncf": ("NNCF, pruning and 8 bits", nncf),
     "nncodec": ("NNCodec, no training", nncodec),
+    "variants": ("clipq, changed in one thing", variant),
 }
 ENVIRONMENTS = {
     "nncf": (ROOT / "build" / "nncf", ["nncf==3.4.0"]),
     "coremltools": (ROOT / "build" / "coremltools", ["coremltools==9.0", "scikit-learn"]),
 }
 """Of the methods that run in one of their own from beginning to end, and what is installed there."""
+WITHOUT_SEEDS = ("nncodec",)
+"""Methods in which nothing is drawn at random: one run says all."""
 PAGE = ROOT / "docs" / "results.md"
 
 
@@ -104,6 +108,8 @@ def main() -> None:
         results["float"][net] = {"bytes": size, "error": bench.error("test")}
         for seed in range(arguments.seeds):
             for method in arguments.methods:
+                if seed and method in WITHOUT_SEEDS:
+                    continue
                 for setting in NETS[net].settings.get(method, ()):
                     key = f"{net} {method} {setting} {seed}"
                     if key not in results["runs"]:
@@ -129,19 +135,30 @@ def points(net: str, method: str, results: dict[str, Any]) -> list[dict[str, Any
 
 
 def section(net: str, results: dict[str, Any]) -> str:
-    """One network's picture and table."""
+    """One network's picture and tables."""
+    plain = results["float"][net]
+    digits = 2 if NETS[net].unit == "%" else 3
+    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.{digits}f} {NETS[net].unit}."
+    in_float += f" {NETS[net].epochs} epochs each."
+    picture = f"![Error against bytes on disk, {net}](frontier-{net}.svg)"
+    parts = [f"### {net}", picture, in_float, table(net, [m for m in METHODS if m != "variants"], results)]
+    if points(net, "variants", results):
+        parts += ["clipq, [changed in one thing](#what-was-tried):", table(net, ["variants"], results)]
+    return "\n\n".join(parts)
+
+
+def table(net: str, methods: list[str], results: dict[str, Any]) -> str:
+    """A row for every setting of these methods."""
     plain, unit = results["float"][net], NETS[net].unit
     digits = 2 if unit == "%" else 3
     rows = []
-    for method, (title, _) in METHODS.items():
+    for method in methods:
+        title = METHODS[method][0]
         for point in points(net, method, results):
             errors = f"{point['errors'][0]:.{digits}f} to {point['errors'][-1]:.{digits}f}"
             row = [title, point["setting"], f"{point['bytes']:,.0f}", f"{plain['bytes'] / point['bytes']:.0f}×"]
             rows.append([*row, f"{point['error']:.{digits}f}", errors, str(len(point["errors"]))])
-    table = markdown_table(["method", "setting", "bytes", "smaller", f"error, {unit}", "range", "seeds"], rows)
-    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.{digits}f} {unit}."
-    in_float += f" {NETS[net].epochs} epochs each."
-    return f"### {net}\n\n![Error against bytes on disk, {net}](frontier-{net}.svg)\n\n{in_float}\n\n{table}"
+    return markdown_table(["method", "setting", "bytes", "smaller", f"error, {unit}", "range", "seeds"], rows)
 
 
 def draw(net: str, results: dict[str, Any]) -> None:
@@ -152,7 +169,7 @@ def draw(net: str, results: dict[str, Any]) -> None:
         axes = figure.subplots()
         for method, (title, _) in METHODS.items():
             curve = sorted(points(net, method, results), key=lambda point: point["bytes"])
-            if curve:
+            if curve and method != "variants":
                 x, y = [p["bytes"] for p in curve], [p["error"] for p in curve]
                 low = [p["error"] - p["errors"][0] for p in curve]
                 high = [p["errors"][-1] - p["error"] for p in curve]

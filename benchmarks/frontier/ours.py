@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ def ours(bench: Bench, setting: str, folder: Path) -> Path:
         setting: bytes of the file.
     """
     changes = {"pruning_ramp": RAMP, **bench.net.extras}
-    return _compressed(bench, folder, Target(bytes=int(setting)), int(setting), **changes)
+    return compressed(bench, folder, Target(bytes=int(setting)), int(setting), **changes)
 
 
 def at_once(bench: Bench, setting: str, folder: Path) -> Path:
     """`ours` without the ramp: the ablation of it."""
-    return _compressed(bench, folder, Target(bytes=int(setting)), int(setting))
+    return compressed(bench, folder, Target(bytes=int(setting)), int(setting))
 
 
 def paper(bench: Bench, setting: str, folder: Path) -> Path:
@@ -38,25 +39,41 @@ def paper(bench: Bench, setting: str, folder: Path) -> Path:
         setting: λ, in points of error.
     """
     changes = {"search_method": "layerwise", "include": ()}
-    return _compressed(bench, folder, Target(trade_off=float(setting)), None, **changes)
+    return compressed(bench, folder, Target(trade_off=float(setting)), None, **changes)
 
 
-def _compressed(bench: Bench, folder: Path, target: Target, hold: int | None, **changes: Any) -> Path:
+def compressed(
+    bench: Bench,
+    folder: Path,
+    target: Target,
+    hold: int | None,
+    *,
+    training: AbstractContextManager[object] | None = None,
+    **changes: Any,
+) -> Path:
+    """Searched, trained, written, and read back.
+
+    Args:
+        hold: the most bytes of the file while it is trained; None holds p and b instead.
+        training: what to train in.
+        changes: of the recipe.
+    """
     recipe = bench.recipe.model_copy(update=changes)
     weights = {name: tensor.clone() for name, tensor in bench.network.state_dict().items()}
     record = search_recipe(bench.fabric, bench.network, bench.data, recipe, target, None, SilentSearch())
     bench.network.load_state_dict(weights)
-    plan = fit(
-        bench.fabric,
-        bench.network,
-        bench.data,
-        recipe,
-        record.plan,
-        epochs=recipe.epochs,
-        learning_rate=recipe.learning_rate,
-        watcher=Silent(),
-        hold_bytes=hold,
-    )
+    with training or nullcontext():
+        plan = fit(
+            bench.fabric,
+            bench.network,
+            bench.data,
+            recipe,
+            record.plan,
+            epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            watcher=Silent(),
+            hold_bytes=hold,
+        )
     path = folder / "model.clipq"
     clipq.save(bench.network, path, plan=plan)
     clipq.load(path, into=bench.network)
