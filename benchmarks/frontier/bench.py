@@ -62,6 +62,7 @@ NETS = {
             "nncf": ("0.95",),
             "nncodec": ("-26", "-20", "-16"),
             "variants": (
+                "4300,nothing",
                 "4300,priced",
                 "4300,frozen",
                 "4300,distilled",
@@ -93,16 +94,23 @@ NETS = {
         8,
         0.02,
         {
-            "clipq": ("100000", "54000", "36000"),
+            "clipq": ("100000", "47000", "36000"),
             "paper": ("1000",),
             "deep-compression": ("0.8,3",),
             "coremltools": ("0.7,3",),
             "qat": ("3", "2"),
             "nncf": ("0.7",),
             "nncodec": ("-26", "-20"),
+            "variants": ("100000,plain-norms", "54000,plain-norms", "36000,plain-norms"),
         },
         (10, 20),
-        extras={"distillation": 0.5, "distillation_temperature": 4.0, "batch_norm_batches": 50},
+        extras={
+            "distillation": 0.5,
+            "distillation_temperature": 4.0,
+            "batch_norm_batches": 50,
+            "fold_norms": True,
+            "bfloat16_rest": True,
+        },
     ),
     "characters": Net(
         "benchmarks/frontier/characters.yaml",

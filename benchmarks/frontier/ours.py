@@ -8,6 +8,7 @@ from typing import Any
 
 import clipq
 from benchmarks.frontier.bench import Bench
+from clipq.finetune.finish import finish_of
 from clipq.finetune.loop import fit
 from clipq.finetune.search import search_recipe
 from clipq.finetune.watch import Silent
@@ -18,7 +19,8 @@ RAMP = 0.6
 
 
 def ours(bench: Bench, setting: str, folder: Path) -> Path:
-    """Searched for so many bytes, pruned little by little, held at the bytes; biases quantized where that is worth it.
+    """Searched for so many bytes, pruned little by little, held at the bytes; biases quantized where that is worth it,
+    batch norms folded.
 
     Args:
         setting: bytes of the file.
@@ -74,6 +76,10 @@ def compressed(
             watcher=Silent(),
             hold_bytes=hold,
         )
+    assert plan is not None
+    finish = finish_of(bench.network, recipe)
+    if finish is not None:
+        bench.network.load_state_dict(finish(bench.network.state_dict(), plan))
     path = folder / "model.clipq"
     clipq.save(bench.network, path, plan=plan)
     clipq.load(path, into=bench.network)

@@ -1,6 +1,6 @@
 """clipq with one thing changed: what was tried beyond the paper, under the same search, size and training.
 
-All but ``distilled`` and ``plain-biases`` replace the operator while the network is trained; the search for the plan is
+The rules replace the operator while the network is trained; the search for the plan is
 the one of `ours`. In plain torch: the error and the bytes count here, not the time.
 """
 
@@ -33,8 +33,10 @@ OUTLIERS = 0.02
 CORRECTIONS = 150
 """At least so many plans a training has on its way to the last; a tensor is quantized once more for each."""
 RECIPES: dict[str, dict[str, Any]] = {
+    "nothing": {},
     "distilled": {"distillation": 0.7, "distillation_temperature": 4.0},
     "plain-biases": {"include": ()},
+    "plain-norms": {"fold_norms": False, "bfloat16_rest": False},
 }
 
 

@@ -8,6 +8,7 @@ from clipq.attach import Attachment, attach
 from clipq.errors import ClipqError
 from clipq.files import load, save
 from clipq.hold import SizeHolder
+from clipq.norms import fold_norms
 from clipq.operator import clip_quantize
 from clipq.plan import Plan
 from clipq.search import Target, search
@@ -20,6 +21,7 @@ __all__ = [
     "Target",
     "attach",
     "clip_quantize",
+    "fold_norms",
     "load",
     "save",
     "search",

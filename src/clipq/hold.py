@@ -7,7 +7,7 @@ multiplies the survivors of every planned tensor by one factor, so that the file
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -18,21 +18,31 @@ from clipq.plan import Plan, TensorPlan
 
 SHORTFALL = 0.02
 """How far below the size a file may end, as a share of it."""
+Finish = Callable[[Mapping[str, Tensor], Plan], Mapping[str, Tensor]]
+"""What is done to a model's tensors at the end, before its file is written; the plan is what they are quantized by."""
 _AIM = 1 - SHORTFALL / 4
 _TRIES = 16
 
 
-def file_bytes(model: nn.Module | Mapping[str, Tensor], plan: Plan, known: archive.EncodedTensors | None = None) -> int:
+def file_bytes(
+    model: nn.Module | Mapping[str, Tensor],
+    plan: Plan,
+    known: archive.EncodedTensors | None = None,
+    finish: Finish | None = None,
+) -> int:
     """The bytes of the file that `clipq.save` would write of a model.
 
     Of a model that is split over processes all of them must call it; one encodes, and all are told.
 
     Args:
         known: tensors encoded in earlier calls.
+        finish: is applied before; the model stays as it is.
     """
     state = sharded.named_tensors(model)
     if sharded.is_split(state):
-        return sharded.on_first_rank(state, lambda whole: file_bytes(whole, plan, known))
+        return sharded.on_first_rank(state, lambda whole: file_bytes(whole, plan, known, finish))
+    if finish is not None:
+        state = finish(state, plan)
     planned = {name: archive.Planned(t.pruning_rate, t.bits) for name, t in plan.tensors.items()}
     return len(archive.encode_file(files.to_arrays(state), planned=planned, known=known))
 
@@ -44,6 +54,7 @@ class SizeHolder:
         model: the network that is attached.
         attachment: its plan is replaced.
         bytes: the most that the file may have.
+        finish: what will be done to the model's tensors before the file is written.
 
     Example:
         >>> attachment = clipq.attach(model, optimizer, plan)
@@ -52,15 +63,16 @@ class SizeHolder:
         >>> holder.finish()
     """
 
-    def __init__(self, model: nn.Module, attachment: Attachment, bytes: int) -> None:
+    def __init__(self, model: nn.Module, attachment: Attachment, bytes: int, finish: Finish | None = None) -> None:
         self._model = model
+        self._finish = finish
         self._attachment = attachment
         self.bytes = bytes
         self._elasticity = 0.8  # how the file's logarithm follows the survivors'
 
     def adjust(self) -> int:
         """One correction towards the size, between two optimizer steps; the bytes of the file before it."""
-        found = file_bytes(self._model, self._attachment.plan)
+        found = self._bytes()
         factor = min(max((_AIM * self.bytes / found) ** (1 / self._elasticity), 0.5), 2.0)
         self._attachment.replan(thinned(self._attachment.plan, factor))
         return found
@@ -105,7 +117,7 @@ class SizeHolder:
         return best[0]
 
     def _bytes(self) -> int:
-        return file_bytes(self._model, self._attachment.plan)
+        return file_bytes(self._model, self._attachment.plan, finish=self._finish)
 
 
 def thinned(plan: Plan, factor: float) -> Plan:

@@ -21,7 +21,7 @@ WHERE_IT_RUNS = (
     *("checkpoints", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints"),
 )
 """Fields on which nothing that is found depends, but for the rounding of other devices."""
-AFTER_THE_SEARCH = ("epochs", "pruning_ramp", "bfloat16_rest", "pruning_rate", "bits", "overrides")
+AFTER_THE_SEARCH = ("epochs", "pruning_ramp", "pruning_rate", "bits", "overrides")
 """Fields on which a search for a target does not depend."""
 
 
@@ -95,6 +95,11 @@ class Recipe(BaseModel):
         {}, description="Other values by glob; as an option: 'conv1.*:pruning_rate=0.3,bits=4'."
     )
 
+    fold_norms: bool = Field(
+        False,
+        description="Fold the statistics of batch norms into their weights and biases before the final evaluation: "
+        "half the numbers, the same network for inference.",
+    )
     bfloat16_rest: bool = Field(
         False, description="Round biases and norms to bfloat16 before the final evaluation; reported beside exact ones."
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+import clipq
 from clipq.errors import RecipeError
 from clipq.finetune.compress import compress
 from clipq.finetune.run import RunFolder
@@ -26,6 +28,16 @@ FIELDS = {
 }
 
 
+NORMED = """
+from torch import nn
+
+def net():
+    first = nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()
+    second = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(512, 10))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [{"ratio": 20}, {"bytes": "10KB"}], ids=["ratio", "bytes"])
 def test_the_file_meets_the_target(tmp_path: Path, target: dict[str, float | str]) -> None:
@@ -43,6 +55,21 @@ def test_the_file_meets_the_target(tmp_path: Path, target: dict[str, float | str
 
 
 @pytest.mark.slow
+def test_the_file_meets_the_target_with_norms_folded_and_the_rest_rounded(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NORMED)
+    finish = {"fold_norms": True, "bfloat16_rest": True}
+    fields = FIELDS | {"model": f"{tmp_path / 'net.py'}:net", "bytes": 3000, "batch_norm_batches": 5}
+    report = compress(Recipe.make(fields | finish), tmp_path / "run", Silent())
+    assert 0.97 * 3000 <= report.file.bytes <= 3000
+    assert report.reloaded == report.after
+    state = clipq.load(tmp_path / "run" / "model.clipq")
+    assert bool((state["1.running_var"] == 1).all())
+    assert torch.equal(state["1.bias"], state["1.bias"].bfloat16().float())
+    assert report.exact is not None
+    assert report.exact.bytes > 3000  # the search and the training aimed at what is left after rounding
+
+
+@pytest.mark.slow
 def test_a_drop_is_measured_on_the_trained_network(tmp_path: Path) -> None:
     report = compress(Recipe.make(FIELDS | {"max_drop": 3.0}), tmp_path / "run", Silent())
     assert report.aim is not None
@@ -52,7 +79,7 @@ def test_a_drop_is_measured_on_the_trained_network(tmp_path: Path) -> None:
     assert report.file.bytes <= report.aim.bytes
 
 
-@pytest.mark.parametrize("change", [{"epochs": 7}, {"bfloat16_rest": True}, {"bits": 2}, {"device": "cpu"}])
+@pytest.mark.parametrize("change", [{"epochs": 7}, {"pruning_ramp": 0.5}, {"bits": 2}, {"device": "cpu"}])
 def test_a_search_is_gone_on_with_whatever_follows_it(tmp_path: Path, change: dict[str, object]) -> None:
     RunFolder.create(tmp_path / "run", Recipe.make(FIELDS | {"ratio": 20})).study.write_text("evaluations")
     recipe = Recipe.make(FIELDS | {"ratio": 20} | change)
@@ -61,7 +88,7 @@ def test_a_search_is_gone_on_with_whatever_follows_it(tmp_path: Path, change: di
     assert Recipe.load(run.recipe) == recipe
 
 
-@pytest.mark.parametrize("change", [{"ratio": 21}, {"search_steps": 4}, {"seed": 1}, {"learning_rate": 0.1}])
+@pytest.mark.parametrize("change", [{"ratio": 21}, {"search_steps": 4}, {"seed": 1}, {"fold_norms": True}])
 def test_another_search_is_not_gone_on_with(tmp_path: Path, change: dict[str, object]) -> None:
     recipe = Recipe.make(FIELDS | {"ratio": 20})
     RunFolder.create(tmp_path / "run", recipe)

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 import clipq
 from clipq.errors import AttachError, PlanError, WeightError
+from clipq.files import round_rest
 from clipq.finetune.processes import leave
 from clipq.hold import file_bytes
 from clipq.operator import Quantizer, QuantizerEntry
@@ -242,6 +243,8 @@ def the_file_is_that_of_one_process(folder: Path) -> None:
         assert_same(loaded.get_parameter(name), tensor, name)
     raises(clipq.ClipqError, "cannot be written", lambda: clipq.save(many, folder / "no folder" / "many.clipq"))
 
+    finished = file_bytes(many, many_attachment.plan, finish=round_rest)
+    assert finished == file_bytes(one, one_attachment.plan, finish=round_rest) == path.stat().st_size
     wanted = round(0.8 * file_bytes(one, one_attachment.plan))
     holders = [
         clipq.SizeHolder(model, attachment, wanted)

@@ -28,6 +28,7 @@ from clipq.finetune.run import RunFolder
 from clipq.finetune.score import Score, score
 from clipq.finetune.search import search_recipe, target_of, validation_error
 from clipq.finetune.watch import Silent, Watcher
+from clipq.norms import fold_norms
 from clipq.plan import Plan
 from clipq.recipe import Recipe
 from clipq.report.run import Aim, ExactRest, RunReport, to_markdown
@@ -202,6 +203,8 @@ def _report(
         assert hold_bytes is not None
         drop = 100 - recorder.records[-1].validation_accuracy - float_error
         aim = Aim(found.target, hold_bytes, drop if "max_drop" in found.target else None)
+    if recipe.fold_norms and not fold_norms(network, plan):
+        recorder.note("fold_norms: the network has no batch norm that can be folded")
     after = evaluate(network, data, recipe, device)
     saved = save(network, run.model, plan=plan)
     exact = None

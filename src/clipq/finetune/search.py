@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clipq.attach import attach
 from clipq.data import Data
 from clipq.errors import DataError
+from clipq.finetune.finish import finish_of
 from clipq.finetune.optimization import make_optimizer, make_schedule
 from clipq.finetune.score import score
 from clipq.finetune.step import train_steps
@@ -29,7 +30,7 @@ from clipq.search.target import parse_bytes
 _ADJUSTMENTS = 3  # of the size, while a candidate is fine-tuned
 _EVALUATIONS_DEPEND_ON = (
     *("data", "validation_fraction", "search_samples", "search_steps", "batch_size", "optimizer", "learning_rate"),
-    *("momentum", "weight_decay", "schedule", "warmup_epochs", "precision"),
+    *("momentum", "weight_decay", "schedule", "warmup_epochs", "precision", "fold_norms", "bfloat16_rest"),
 )
 DEFAULT_MAX_DROP = 0.5
 """Points of top-1 accuracy: what is asked of a search where the recipe asks for nothing."""
@@ -77,6 +78,7 @@ def search_recipe(
         ),
         validate=validation_error(data, recipe, fabric.device),
         recover=None if layerwise or not recipe.search_steps else short_fine_tuning(fabric, data, recipe),
+        finish=finish_of(network, recipe),
         include=recipe.include,
         exclude=recipe.exclude,
         storage=storage,
@@ -164,7 +166,7 @@ def short_fine_tuning(fabric: Fabric, data: Data, recipe: Recipe) -> Recover:
         optimizer = make_optimizer(network, recipe, recipe.learning_rate)
         wrapped_network, wrapped_optimizer = fabric.setup(network, optimizer)
         attachment = attach(network, optimizer, plan)
-        holder = SizeHolder(network, attachment, file_bytes)
+        holder = SizeHolder(network, attachment, file_bytes, finish_of(network, recipe))
         schedule = make_schedule(optimizer, recipe, steps, steps)
         network.train()
         try:

@@ -16,6 +16,7 @@ from clipq.attach import attach
 from clipq.attached import STATE_KEY
 from clipq.finetune.average import WeightAverage, reestimate_batch_norm
 from clipq.finetune.checkpoint import random_states, set_random_states
+from clipq.finetune.finish import finish_of
 from clipq.finetune.losses import Objective
 from clipq.finetune.optimization import make_optimizer, make_schedule
 from clipq.finetune.processes import Processes
@@ -81,7 +82,7 @@ class Training:
         self._average = None if recipe.ema is None else WeightAverage(self.trained, recipe.ema, self.attachment)
         self._holder = None
         if self.attachment is not None and hold_bytes is not None:
-            self._holder = SizeHolder(self.trained, self.attachment, hold_bytes)
+            self._holder = SizeHolder(self.trained, self.attachment, hold_bytes, finish_of(network, recipe))
         self._settled = math.ceil(SETTLED * steps)
         self._held_from = 0 if self._ramp is None else self._ramp.steps
         self._every = max((self._settled - self._held_from) // ADJUSTMENTS, 1)

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 
 from clipq.archive import EncodedTensors
 from clipq.errors import SearchError
-from clipq.hold import file_bytes
+from clipq.hold import Finish, file_bytes
 from clipq.plan import Plan
 from clipq.search.allocate import fitted, largest
 from clipq.search.evaluator import Evaluate, Evaluator, Recover
@@ -41,6 +41,7 @@ class Context:
     evaluator: Evaluator
     validate: Evaluate | None
     recover: Recover | None
+    finish: Finish | None
     groups: tuple[Group, ...]
     sizes: list[SizeModel]
     worker: Worker
@@ -139,7 +140,7 @@ class Context:
             with torch.no_grad():
                 for group, theta in zip(self.groups, thetas, strict=True):
                     quantize_group(group, theta, self.evaluator.weights, self.evaluator.tensors())
-            return file_bytes(model, plan_of(self.groups, thetas), self._encoded)
+            return file_bytes(model, plan_of(self.groups, thetas), self._encoded, self.finish)
         finally:
             self.evaluator.restore()
 

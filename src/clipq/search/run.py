@@ -9,6 +9,7 @@ from typing import ParamSpec
 from torch import nn
 
 from clipq.errors import SearchError
+from clipq.hold import Finish
 from clipq.plan import Plan
 from clipq.search.evaluator import Evaluate, Evaluator, Recover
 from clipq.search.groups import groups_of, plan_of
@@ -38,6 +39,7 @@ def run_search(
     settings: Settings | None = None,
     validate: Evaluate | None = None,
     recover: Recover | None = None,
+    finish: Finish | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     storage: str | None = None,
@@ -58,6 +60,8 @@ def run_search(
         validate: what ``max_drop`` is measured by, if not by ``evaluate``.
         recover: fine-tunes for a few steps under a plan, so that candidates are judged by what fine-tuning makes of
             them; see `clipq.search.evaluator.Recover`.
+        finish: what will be done to the model's tensors before its file is written, such as rounding: a function from
+            tensors by name and the plan to tensors by name. Sizes are those of files made so.
         include, exclude: globs on parameter names, as in `Plan.uniform`.
         storage: a journal file or database URL that other processes with the same arguments share, and from which an
             interrupted search goes on.
@@ -101,7 +105,7 @@ def run_search(
     print_of |= {key: str(value) for key, value in (depends or {}).items()}
     worker = Worker(open_storage(storage), name, print_of)
     watcher.stage("sizes", 0)
-    context = Context(evaluator, validate, recover, groups, [], worker, settings, watcher)
+    context = Context(evaluator, validate, recover, finish, groups, [], worker, settings, watcher)
     with context.timed("sizes"):
         bits = range(settings.bits[0], settings.bits[1] + 1)
         context.sizes = measure_sizes(groups, evaluator.weights, bits, settings.highest_pruning_rate)
