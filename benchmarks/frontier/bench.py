@@ -101,7 +101,13 @@ NETS = {
             "qat": ("3", "2"),
             "nncf": ("0.7",),
             "nncodec": ("-26", "-20"),
-            "variants": ("100000,plain-norms", "54000,plain-norms", "36000,plain-norms"),
+            "variants": (
+                "100000,plain-norms",
+                "54000,plain-norms",
+                "36000,plain-norms",
+                "36000,distilled-more",
+                "36000,shorter-ramp",
+            ),
         },
         (10, 20),
         extras={

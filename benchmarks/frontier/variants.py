@@ -35,6 +35,8 @@ CORRECTIONS = 150
 RECIPES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "distilled": {"distillation": 0.7, "distillation_temperature": 4.0},
+    "distilled-more": {"distillation": 0.9},
+    "shorter-ramp": {"pruning_ramp": 0.3},
     "plain-biases": {"include": ()},
     "plain-norms": {"fold_norms": False, "bfloat16_rest": False},
 }
