@@ -157,8 +157,10 @@ def table(net: str, methods: list[str], results: dict[str, Any]) -> str:
         for point in points(net, method, results):
             errors = f"{point['errors'][0]:.{digits}f} to {point['errors'][-1]:.{digits}f}"
             row = [title, point["setting"], f"{point['bytes']:,.0f}", f"{plain['bytes'] / point['bytes']:.0f}×"]
-            rows.append([*row, f"{point['error']:.{digits}f}", errors, str(len(point["errors"]))])
-    return markdown_table(["method", "setting", "bytes", "smaller", f"error, {unit}", "range", "seeds"], rows)
+            row += [f"{point[part]:.{digits}f}" for part in ("validation_error", "error")]
+            rows.append([*row, errors, str(len(point["errors"]))])
+    titles = ["method", "setting", "bytes", "smaller", f"validation error, {unit}", f"error, {unit}", "range", "seeds"]
+    return markdown_table(titles, rows)
 
 
 def draw(net: str, results: dict[str, Any]) -> None:
