@@ -92,9 +92,9 @@ def evaluations(journal: Path) -> dict[tuple[str, int], tuple[float, Any]]:
     return found
 
 
-def started(folder: Path, least: int) -> subprocess.Popen[str]:
+def started(folder: Path, least: int, *more: str) -> subprocess.Popen[str]:
     """A search that has finished at least so many evaluations."""
-    process = start(*SEARCH, "--out", "run", folder=folder)
+    process = start(*SEARCH, *more, "--out", "run", folder=folder)
     journal = folder / "run" / "search.journal"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -157,7 +157,7 @@ def test_a_killed_search_goes_on_without_repeating_what_was_finished(folder: Pat
 
 @pytest.mark.slow
 def test_an_interrupt_says_that_the_same_command_goes_on(folder: Path) -> None:
-    process = started(folder, 3)
+    process = started(folder, 3, "--search-evaluations", "500")  # never done before the signal comes
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
