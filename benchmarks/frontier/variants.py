@@ -35,11 +35,11 @@ CORRECTIONS = 150
 RECIPES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "distilled": {"distillation": 0.7, "distillation_temperature": 4.0},
-    "distilled-less": {"distillation": 0.5},
-    "longer-ramp": {"pruning_ramp": 0.6},
-    "as-first": {"distillation": 0.5, "pruning_ramp": 0.6},
+    "distilled-more": {"distillation": 0.9},
+    "shorter-ramp": {"pruning_ramp": 0.3},
+    "both": {"distillation": 0.9, "pruning_ramp": 0.3},
     "plain-biases": {"include": ()},
-    "plain-norms": {"distillation": 0.5, "pruning_ramp": 0.6, "fold_norms": False, "bfloat16_rest": False},
+    "plain-norms": {"fold_norms": False, "bfloat16_rest": False},
 }
 
 
