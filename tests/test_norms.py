@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,8 +125,9 @@ def test_a_network_that_is_one_norm() -> None:
 
 
 def test_something_else_than_a_network_is_refused() -> None:
+    state: Any = {"weight": torch.ones(3)}
     with pytest.raises(PlanError, match="give the trained network"):
-        clipq.fold_norms({"weight": torch.ones(3)})  # type: ignore[arg-type]
+        clipq.fold_norms(state)
 
 
 def wide() -> tuple[nn.Module, clipq.Plan]:

@@ -30,12 +30,11 @@ from timing import machine, markdown_table, read_json, replace_between, write_js
 from benchmarks.frontier.bench import NETS, ROOT, Bench
 from benchmarks.frontier.deep_compression import deep_compression
 from benchmarks.frontier.others import coremltools, nncf, nncodec, qat
-from benchmarks.frontier.ours import at_once, ours, paper
+from benchmarks.frontier.ours import ours, paper
 from benchmarks.frontier.variants import variant
 
 METHODS: dict[str, tuple[str, Callable[[Bench, str, Path], Path]]] = {
     "clipq": ("clipq, everything on", ours),
-    "at-once": ("the same, pruned at once", at_once),
     "paper": ("CLIP-Q as in the paper", paper),
     "deep-compression": ("Deep Compression", deep_compression),
     "qat": ("quantization-aware training", qat),

@@ -19,19 +19,13 @@ RAMP = 0.6
 
 
 def ours(bench: Bench, setting: str, folder: Path) -> Path:
-    """Searched for so many bytes, pruned little by little, held at the bytes; biases quantized where that is worth it,
-    batch norms folded.
+    """Searched for so many bytes, pruned little by little, held at the bytes, with what else the net's ``extras`` say.
 
     Args:
         setting: bytes of the file.
     """
     changes = {"pruning_ramp": RAMP, **bench.net.extras}
     return compressed(bench, folder, Target(bytes=int(setting)), int(setting), **changes)
-
-
-def at_once(bench: Bench, setting: str, folder: Path) -> Path:
-    """`ours` without the ramp: the ablation of it."""
-    return compressed(bench, folder, Target(bytes=int(setting)), int(setting))
 
 
 def paper(bench: Bench, setting: str, folder: Path) -> Path:

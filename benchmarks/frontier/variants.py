@@ -1,7 +1,7 @@
 """clipq with one thing changed: what was tried beyond the paper, under the same search, size and training.
 
-The rules replace the operator while the network is trained; the search for the plan is
-the one of `ours`. In plain torch: the error and the bytes count here, not the time.
+A change is one of the recipe, or a rule in place of the operator while the network is trained; then the search for the
+plan is that of `ours`. In plain torch: the error and the bytes count here, not the time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ CORRECTIONS = 150
 """At least so many plans a training has on its way to the last; a tensor is quantized once more for each."""
 RECIPES: dict[str, dict[str, Any]] = {
     "nothing": {},
+    "at-once": {"pruning_ramp": 0.0},
     "distilled": {"distillation": 0.7, "distillation_temperature": 4.0},
     "distilled-more": {"distillation": 0.9},
     "shorter-ramp": {"pruning_ramp": 0.3},
