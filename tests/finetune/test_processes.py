@@ -75,6 +75,20 @@ def test_fp16_and_fsdp_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> No
         make_fabric(Recipe.make(fields))
 
 
+@pytest.mark.parametrize(
+    ("precision", "capability"), [("bf16", "AVX2"), ("fp16", "AVX2"), ("bf16", "AVX512"), ("32", "AVX2")]
+)
+def test_16_bits_are_warned_of_where_the_processor_is_slow_in_them(
+    precision: str, capability: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    fields = {"model": "lenet-5", "data": "digits", "float_epochs": 1, "device": "cpu", "precision": precision}
+    make_fabric(Recipe.make(fields))
+    said = [str(w.message) for w in recwarn if str(w.message).startswith(f"precision is {precision}")]
+    slow = precision != "32" and capability == "AVX2"
+    assert [s.endswith("give precision 32") for s in said] == [True] * slow
+
+
 def test_a_process_by_itself_hears_nothing_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "2")
