@@ -166,6 +166,28 @@ def test_an_interrupt_says_that_the_same_command_goes_on(folder: Path) -> None:
     assert evaluations(folder / "run" / "search.journal")
 
 
+@pytest.mark.slow
+def test_an_interrupt_that_python_drops_is_not_lost(folder: Path) -> None:
+    with (folder / "m.py").open("a") as module:
+        module.write(
+            """
+import signal, time
+
+class Destroyed:
+    def __del__(self): signal.raise_signal(signal.SIGINT)
+
+def slow():
+    Destroyed()
+    for _ in range(500): time.sleep(0.1)
+    return network()
+"""
+        )
+    process = start(*SEARCH, "--model", "m.py:slow", "--out", "run", folder=folder)
+    _, stderr = process.communicate(timeout=45)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+
+
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """The message with which a command is refused."""
     monkeypatch.setattr(sys, "argv", ["clipq", "search", *arguments])

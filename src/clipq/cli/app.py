@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import sys
+import threading
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,6 +19,9 @@ from clipq.cli.inspect import inspect, verify
 from clipq.cli.pack import pack, unpack
 from clipq.cli.search import COMMAND as SEARCH
 from clipq.errors import ClipqError, Interrupted
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 app = typer.Typer(
     name="clipq",
@@ -39,6 +45,7 @@ app.command("verify")(verify)
 
 def main() -> None:
     """Run the command line; an error of clipq's own becomes one message and a non-zero exit code."""
+    sys.unraisablehook = _interrupt_again
     try:
         app(prog_name="clipq")
     except Interrupted as interrupted:
@@ -48,3 +55,13 @@ def main() -> None:
         errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(ExitCode.BAD_INPUT)
+
+
+def _interrupt_again(dropped: UnraisableHookArgs) -> None:
+    """Python drops what is raised in a destructor or a callback of a weak reference: give an interrupt anew, later."""
+    if dropped.exc_type is KeyboardInterrupt:
+        again = threading.Timer(0.1, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(dropped)
