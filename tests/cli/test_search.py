@@ -178,12 +178,12 @@ class Destroyed:
 
 def slow():
     Destroyed()
-    for _ in range(500): time.sleep(0.1)
+    for _ in range(3000): time.sleep(0.1)
     return network()
 """
         )
     process = start(*SEARCH, "--model", "m.py:slow", "--out", "run", folder=folder)
-    _, stderr = process.communicate(timeout=45)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "Traceback" not in stderr
 
