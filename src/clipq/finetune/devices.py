@@ -72,7 +72,7 @@ def _strategy(recipe: Recipe, processes: int, device: str) -> DDPStrategy | Mode
 def _precision(recipe: Recipe, device: str) -> dict[str, Any]:
     if device == "cpu" and recipe.precision != "32" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         warnings.warn(
-            f"precision is {recipe.precision}, but this processor has no AVX-512, without which PyTorch takes 5 to 10 "
+            f"precision is {recipe.precision}, but this processor has no AVX-512, without which PyTorch takes 5 to 13 "
             "times as long in 16 bits as in 32; give precision 32",
             stacklevel=3,
         )
