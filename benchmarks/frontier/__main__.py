@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import archive
 import matplotlib
 from matplotlib.figure import Figure
-from timing import machine, markdown_table, read_json, replace_between, write_json
+from timing import markdown_table, processor, read_json, replace_between, write_json
 
 from benchmarks.frontier.bench import NETS, ROOT, Bench
 from benchmarks.frontier.deep_compression import deep_compression
@@ -50,6 +51,7 @@ ENVIRONMENTS = {
 """Of the methods that run in one of their own from beginning to end, and what is installed there."""
 WITHOUT_SEEDS = ("nncodec",)
 """Methods in which nothing is drawn at random: one run says all."""
+PRECISIONS = {"32": "float32", "bf16": "bfloat16"}
 PAGE = ROOT / "docs" / "results.md"
 
 
@@ -88,6 +90,8 @@ def measure(net: str, method: str, setting: str, seed: int, data_root: str) -> d
         "validation_error": bench.error("validation"),
         "error": bench.error("test"),
         "seconds": round(time.monotonic() - started, 1),
+        "precision": bench.recipe.precision,
+        "processor": processor(),
     }
 
 
@@ -100,11 +104,17 @@ def main() -> None:
     arguments = parser.parse_args()
     set_up(arguments.methods)
     results = read_json("frontier") or {"runs": {}, "float": {}}
-    results["machine"] = machine()
     for net in arguments.nets:
         bench = Bench(net, 0, arguments.data_root)
         size = 4 * sum(tensor.numel() for tensor in bench.network.state_dict().values())
-        results["float"][net] = {"bytes": size, "error": bench.error("test")}
+        found = {"bytes": size, "error": bench.error("test")}
+        kept = results["float"].setdefault(net, found)
+        if bench.recipe.weights is None and abs(kept["error"] - found["error"]) > 1e-4:
+            sys.exit(
+                f"the float network of {net} has an error of {found['error']:.5f} here; the runs in frontier.json are "
+                f"from one with {kept['error']:.5f}, and rows of two networks can't be compared. Bring that one's "
+                f"build/frontier/{net}.pt, or take all {net} runs, and its entry in float, out of frontier.json"
+            )
         for seed in range(arguments.seeds):
             for method in arguments.methods:
                 if seed and method in WITHOUT_SEEDS:
@@ -139,6 +149,10 @@ def section(net: str, results: dict[str, Any]) -> str:
     digits = 2 if NETS[net].unit == "%" else 3
     in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.{digits}f} {NETS[net].unit}."
     in_float += f" {NETS[net].epochs} epochs each."
+    found = ((key.split()[:2], run) for key, run in results["runs"].items())
+    runs = [run for (of, method), run in found if of == net and method not in WITHOUT_SEEDS]
+    made = Counter(f"{PRECISIONS[run['precision']]} on {run['processor']}" for run in runs).most_common()
+    in_float += f" Trained in {', '.join(f'{how} ({count} runs)' for how, count in made)}."
     picture = f"![Error against bytes on disk, {net}](frontier-{net}.svg)"
     parts = [f"### {net}", picture, in_float, table(net, [m for m in METHODS if m != "variants"], results)]
     if points(net, "variants", results):
