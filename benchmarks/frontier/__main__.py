@@ -26,6 +26,7 @@ from typing import Any
 import archive
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from timing import markdown_table, processor, read_json, replace_between, write_json
 
 from benchmarks.frontier.bench import NETS, ROOT, Bench
@@ -182,17 +183,24 @@ def draw(net: str, results: dict[str, Any]) -> None:
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "clipq"}):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
-        for method, (title, _) in METHODS.items():
+        for number, (method, (title, _)) in enumerate(METHODS.items()):
             curve = sorted(points(net, method, results), key=lambda point: point["bytes"])
             if curve and method != "variants":
                 x, y = [p["bytes"] for p in curve], [p["error"] for p in curve]
                 low = [p["error"] - p["errors"][0] for p in curve]
                 high = [p["errors"][-1] - p["error"] for p in curve]
-                style = {"linewidth": 2.5, "color": "black"} if method == "clipq" else {"linewidth": 1.2}
+                style = {"color": f"C{number}", "linewidth": 1.2}
+                if method == "clipq":
+                    style = {"color": "black", "linewidth": 2.5}
+                if min(y) > NETS[net].shown[1]:
+                    title += f": above, at {min(y)}"
                 axes.errorbar(x, y, [low, high], marker="o", markersize=4, capsize=2, label=title, **style)
         axes.axhline(plain["error"], color="grey", linestyle=":", label="float32")
         axes.set(xscale="log", xlabel="bytes on disk", ylabel=f"test error, {NETS[net].unit}", title=net)
         axes.set_ylim(*NETS[net].shown)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2.5, 4, 6)))
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=8)
         for ending, extra in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):

@@ -111,7 +111,7 @@ NETS = {
                 "36000,both",
             ),
         },
-        (10, 20),
+        (11, 16),
         extras={
             "distillation": 0.5,
             "distillation_temperature": 4.0,
