@@ -112,13 +112,14 @@ def main() -> None:
         bench = Bench(net, 0, arguments.data_root)
         size = 4 * sum(tensor.numel() for tensor in bench.network.state_dict().values())
         found = {"bytes": size, "error": bench.error("test")}
-        kept = results["float"].setdefault(net, found)
+        kept = results["float"].get(net, found)
         if bench.recipe.weights is None and abs(kept["error"] - found["error"]) > 1e-4:
             sys.exit(
                 f"the float network of {net} has an error of {found['error']:.5f} here; the runs in frontier.json are "
                 f"from one with {kept['error']:.5f}, and rows of two networks can't be compared. Bring that one's "
                 f"build/frontier/{net}.pt, or take all {net} runs, and its entry in float, out of frontier.json"
             )
+        results["float"][net] = found
         for seed in range(arguments.seeds):
             for method in arguments.methods:
                 if seed and method in WITHOUT_SEEDS:
