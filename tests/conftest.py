@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ import pytest
 PACKED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU_TORCHVISION = Path(__file__).parent / "cpu_torchvision"
 declared = runpy.run_path(str(CPU_TORCHVISION / "sitecustomize.py"))
+
+# A shell ignores SIGINT for what a script of it starts in the background, and so would all programs that are tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
