@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clipq.data import load_data
 from clipq.data.named import DATA_ROOT_VARIABLE
-from clipq.finetune.devices import make_fabric
+from clipq.finetune.devices import make_fabric, slow_in_16_bits
 from clipq.finetune.network import find_weights, load_weights, make_network
 from clipq.finetune.optimization import make_optimizer
 from clipq.finetune.score import score
@@ -153,7 +153,7 @@ class Bench:
             "overrides": {},
             "pruning_ramp": 0.0,
         }
-        if torch.backends.cpu.get_cpu_capability() == "AVX2":  # there bfloat16 takes 13 times as long as float32
+        if slow_in_16_bits():
             changes["precision"] = "32"
         self.recipe = Recipe.load(ROOT / self.net.recipe, changes)
         self.network: Any = make_network(self.recipe)
