@@ -151,8 +151,7 @@ def points(net: str, method: str, results: dict[str, Any]) -> list[dict[str, Any
 def section(net: str, results: dict[str, Any]) -> str:
     """One network's picture and tables."""
     plain = results["float"][net]
-    digits = 2 if NETS[net].unit == "%" else 3
-    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.{digits}f} {NETS[net].unit}."
+    in_float = f"In float32: {plain['bytes']:,} bytes, {plain['error']:.{NETS[net].digits}f} {NETS[net].unit}."
     in_float += f" {NETS[net].epochs} epochs each."
     found = ((key.split()[:2], run) for key, run in results["runs"].items())
     runs = [run for (of, method), run in found if of == net and method not in WITHOUT_SEEDS]
@@ -167,8 +166,7 @@ def section(net: str, results: dict[str, Any]) -> str:
 
 def table(net: str, methods: list[str], results: dict[str, Any]) -> str:
     """A row for every setting of these methods."""
-    plain, unit = results["float"][net], NETS[net].unit
-    digits = 2 if unit == "%" else 3
+    plain, unit, digits = results["float"][net], NETS[net].unit, NETS[net].digits
     rows = []
     for method in methods:
         title = METHODS[method][0]
@@ -197,7 +195,7 @@ def draw(net: str, results: dict[str, Any]) -> None:
                 if method == "clipq":
                     style = {"color": "black", "linewidth": 2.5}
                 if min(y) > NETS[net].shown[1]:
-                    title += f": above, at {min(y)}"
+                    title += f": above, at {min(y):.{NETS[net].digits}f}"
                 axes.errorbar(x, y, [low, high], marker="o", markersize=4, capsize=2, label=title, **style)
         axes.axhline(plain["error"], color="grey", linestyle=":", label="float32")
         axes.set(xscale="log", xlabel="bytes on disk", ylabel=f"test error, {NETS[net].unit}", title=net)
