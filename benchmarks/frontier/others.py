@@ -129,9 +129,9 @@ def coremltools(bench: Bench, setting: str, folder: Path) -> Path:
     scheduler = {"update_steps": [steps * k // 8 for k in range(5)]}
     pruning = MagnitudePrunerConfig.from_dict({"global_config": {"scheduler": scheduler, "target_sparsity": pruned}})
     sharing = {"n_bits": bits, "weight_threshold": 0, "milestone": 0}
-    # It can't finalize a LayerNorm that has a bias; no other method shares the values of norms.
-    without = {"module_type_configs": {"LayerNorm": None}}
-    shared = DKMPalettizerConfig.from_dict({"global_config": sharing} | without)
+    # A LayerNorm that has a bias can't be finalized; no other method shares the values of norms.
+    without = {"LayerNorm": None}
+    shared = DKMPalettizerConfig.from_dict({"global_config": sharing, "module_type_configs": without})
     palettizer = DKMPalettizer(bench.network, shared)
     pruner = MagnitudePruner(palettizer.prepare(inplace=True), pruning)
     bench.network = pruner.prepare(inplace=True)
