@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.frontier.__main__ import of_clipq
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.characters import CHARACTERS, LENGTH, Transformer
 from benchmarks.frontier.deep_compression import (
@@ -160,3 +161,12 @@ def test_frozen_codes_stay_while_their_levels_move() -> None:
     assert torch.allclose(before, unchanged(weight, entry), atol=1e-6)
     assert torch.allclose(rule(-2 * weight, entry), -2 * before)
     assert torch.allclose(rule(weight, QuantizerEntry("w", 0.5, 2)), before)
+
+
+def test_bytes_at_an_error_lie_on_the_lines_between_the_best_points() -> None:
+    curve = [(8000.0, 1.3), (1000.0, 2.0), (4000.0, 1.0), (2000.0, 2.5)]  # two are beaten in both
+    assert of_clipq(curve, 8000, 1.5) == "2,000 (-75 %)"
+    assert of_clipq(curve, 8000, 1.0) == "4,000 (-50 %)"
+    assert of_clipq(curve, 8000, 9.0) == "≤ 1,000 (-88 %)"
+    assert of_clipq(curve, 500, 2.0) == "1,000 (+100 %)"
+    assert of_clipq(curve, 8000, 0.99) == "–"

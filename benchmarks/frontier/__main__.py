@@ -26,6 +26,7 @@ from typing import Any
 
 import archive
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from timing import markdown_table, processor, read_json, replace_between, write_json
@@ -167,6 +168,8 @@ def section(net: str, results: dict[str, Any]) -> str:
 def table(net: str, methods: list[str], results: dict[str, Any]) -> str:
     """A row for every setting of these methods."""
     plain, unit, digits = results["float"][net], NETS[net].unit, NETS[net].digits
+    curve = [(point["bytes"], point["error"]) for point in points(net, "clipq", results)]
+    compared = "clipq" in methods
     rows = []
     for method in methods:
         title = METHODS[method][0]
@@ -174,9 +177,33 @@ def table(net: str, methods: list[str], results: dict[str, Any]) -> str:
             errors = f"{point['errors'][0]:.{digits}f} to {point['errors'][-1]:.{digits}f}"
             row = [title, point["setting"], f"{point['bytes']:,.0f}", f"{plain['bytes'] / point['bytes']:.0f}×"]
             row += [f"{point[part]:.{digits}f}" for part in ("validation_error", "error")]
-            rows.append([*row, errors, str(len(point["errors"]))])
+            row += [errors, str(len(point["errors"]))]
+            if compared:
+                row.append("" if method == "clipq" else of_clipq(curve, point["bytes"], point["error"]))
+            rows.append(row)
     titles = ["method", "setting", "bytes", "smaller", f"validation error, {unit}", f"error, {unit}", "range", "seeds"]
-    return markdown_table(titles, rows)
+    return markdown_table([*titles, "clipq at that error"] if compared else titles, rows)
+
+
+def of_clipq(curve: list[tuple[float, float]], size: float, error: float) -> str:
+    """The bytes clipq takes for a peer's error, by the lines drawn between its points, and how many that is fewer.
+
+    An error above that of its smallest file says that the file would do; one below all of its errors says nothing.
+
+    Args:
+        curve: bytes and error of clipq's points; those that another point beats in both don't count.
+        size: bytes of the peer's file.
+        error: of the peer.
+    """
+    best: list[tuple[float, float]] = []
+    for point in sorted(curve):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    sizes, errors = zip(*reversed(best), strict=True)
+    if error < errors[0]:
+        return "–"
+    found = float(np.exp(np.interp(error, errors, np.log(sizes))))
+    return f"{'≤ ' if error > errors[-1] else ''}{found:,.0f} ({100 * (found / size - 1):+.0f} %)"
 
 
 def draw(net: str, results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Uniform quantization-aware training, NNCF, and NNCodec on the float network."""
+"""Uniform quantization-aware training, NNCF, coremltools, and NNCodec on the float network."""
 
 from __future__ import annotations
 
