@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from benchmarks.frontier.__main__ import of_clipq
+from benchmarks.frontier.__main__ import of_clipq, table
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.characters import CHARACTERS, LENGTH, Transformer
 from benchmarks.frontier.deep_compression import (
@@ -170,3 +170,11 @@ def test_bytes_at_an_error_lie_on_the_lines_between_the_best_points() -> None:
     assert of_clipq(curve, 8000, 9.0) == "≤ 1,000 (-88 %)"
     assert of_clipq(curve, 500, 2.0) == "1,000 (+100 %)"
     assert of_clipq(curve, 8000, 0.99) == "–"
+
+
+def test_peers_are_shown_before_clipq_has_run() -> None:
+    run = {"bytes": 100, "error": 1.0, "validation_error": 1.0}
+    results = {"float": {"lenet-5": {"bytes": 400, "error": 1.0}}, "runs": {"lenet-5 qat 2 0": run}}
+    assert "| quantization-aware training | 2 | 100 | 4× |" in table("lenet-5", ["clipq", "qat"], results)
+    results["runs"] |= {"lenet-5 clipq 4000 0": run | {"bytes": 25}}
+    assert "25 (-75 %)" in table("lenet-5", ["clipq", "qat"], results)

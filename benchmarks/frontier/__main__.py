@@ -169,7 +169,7 @@ def table(net: str, methods: list[str], results: dict[str, Any]) -> str:
     """A row for every setting of these methods."""
     plain, unit, digits = results["float"][net], NETS[net].unit, NETS[net].digits
     curve = [(point["bytes"], point["error"]) for point in points(net, "clipq", results)]
-    compared = "clipq" in methods
+    compared = "clipq" in methods and bool(curve)
     rows = []
     for method in methods:
         title = METHODS[method][0]
@@ -188,10 +188,10 @@ def table(net: str, methods: list[str], results: dict[str, Any]) -> str:
 def of_clipq(curve: list[tuple[float, float]], size: float, error: float) -> str:
     """The bytes clipq takes for a peer's error, by the lines drawn between its points, and how many that is fewer.
 
-    An error above that of its smallest file says that the file would do; one below all of its errors says nothing.
+    Where its smallest file has less error, the bytes of that one, after a ≤; where none has so little, a dash.
 
     Args:
-        curve: bytes and error of clipq's points; those that another point beats in both don't count.
+        curve: bytes and error of clipq's points, at least one; those that another point beats in both don't count.
         size: bytes of the peer's file.
         error: of the peer.
     """
