@@ -24,8 +24,9 @@ from benchmarks.frontier.deep_compression import (
     k_means,
 )
 from benchmarks.frontier.others import FILTERS, Coded, LearnedStep, through_a_file
-from benchmarks.frontier.variants import RULES, Frozen, split_by_error, unchanged
+from benchmarks.frontier.variants import RULES, Frozen, equalize, split_by_error, unchanged
 from benchmarks.frontier.variants import k_means as by_k_means
+from clipq.models import build
 from clipq.operator import QuantizerEntry, clip_quantize
 
 
@@ -161,6 +162,25 @@ def test_frozen_codes_stay_while_their_levels_move() -> None:
     assert torch.allclose(before, unchanged(weight, entry), atol=1e-6)
     assert torch.allclose(rule(-2 * weight, entry), -2 * before)
     assert torch.allclose(rule(weight, QuantizerEntry("w", 0.5, 2)), before)
+
+
+def test_equalized_channels_make_the_same_network() -> None:
+    network = build("resnet-20").eval()
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 32, 32, generator=rng)
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            if tensor.dim() == 1:
+                tensor.uniform_(0.1, 2, generator=rng)
+            if tensor.dim() == 4:
+                tensor *= torch.empty(len(tensor), 1, 1, 1).uniform_(0.5, 1.5, generator=rng)
+        convolutions = [p for p in network.parameters() if p.dim() == 4]
+        before, squares = network(images), [float(p.square().mean()) for p in convolutions]
+        assert equalize(network) == len(convolutions) == 19
+        assert torch.allclose(network(images), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+        for weight, square in zip(convolutions, squares, strict=True):
+            of_channels = weight.square().mean((1, 2, 3))
+            assert torch.allclose(of_channels, torch.full_like(of_channels, square), rtol=1e-3)
 
 
 def test_bytes_at_an_error_lie_on_the_lines_between_the_best_points() -> None:

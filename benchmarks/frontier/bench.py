@@ -114,6 +114,7 @@ NETS = {
                 "36000,distilled-more",
                 "36000,shorter-ramp",
                 "36000,both",
+                "36000,equalized",
             ),
         },
         (11, 16),

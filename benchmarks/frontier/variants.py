@@ -1,7 +1,8 @@
 """clipq with one thing changed: what was tried beyond the paper, under the same search, size and training.
 
-A change is one of the recipe, or a rule in place of the operator while the network is trained; then the search for the
-plan is that of `ours`. In plain torch: the error and the bytes count here, not the time.
+A change is one of the recipe; or a rule in place of the operator while the network is trained, when the search for the
+plan is that of `ours`; or what the network is to begin with. In plain torch: the error and the bytes count here, not
+the time.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import clipq.attached
 from benchmarks.frontier.bench import Bench
@@ -30,6 +32,8 @@ PRICE = 0.05
 """Of a bit, in mean squares of a tensor's survivors."""
 OUTLIERS = 0.02
 """Share of a sign's survivors that lie beyond the last interval."""
+FACTOR = 4.0
+"""The most by which equalizing changes a channel against the median one of its layer: channels of noise stay small."""
 CORRECTIONS = 150
 """At least so many plans a training has on its way to the last; a tensor is quantized once more for each."""
 RECIPES: dict[str, dict[str, Any]] = {
@@ -54,6 +58,8 @@ def variant(bench: Bench, setting: str, folder: Path) -> Path:
     rule: Rule | None = RULES.get(change)
     if change == "frozen":
         rule = Frozen(math.ceil(SETTLED * bench.steps_per_epoch * bench.net.epochs) + CORRECTIONS)
+    if change == "equalized":
+        equalize(bench.network)
     recipe = {"pruning_ramp": RAMP, **bench.net.extras, **RECIPES.get(change, {})}
     operator = nullcontext() if rule is None else mock.patch.object(clipq.attached, "Quantizer", changed(rule))
     return compressed(bench, folder, Target(bytes=int(size)), int(size), training=operator, **recipe)
@@ -229,6 +235,36 @@ class Frozen:
             self._codes[entry.name] = unchanged(weight, entry).unique(return_inverse=True)
         levels, codes = self._codes[entry.name]
         return at_means(weight, levels, codes)
+
+
+@torch.no_grad()
+def equalize(network: nn.Module) -> int:
+    """Give the output channels of convolutions weights of one size where a batch norm follows, which undoes it.
+
+    A scale a channel, in effect, that the norm has in it and the file has not: levels and thresholds of a layer are
+    shared by channels alike in size. In evaluation the network is the same, and a layer's mean square stays.
+
+    Returns:
+        How many convolutions there were: those whose norm is the next module that the network has.
+    """
+    found = 0
+    for convolution, norm in pairwise(network.modules()):
+        if not (isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
+            continue
+        assert convolution.bias is None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        weight, before = convolution.weight, norm.running_var + norm.eps
+        size = weight.square().mean((1, 2, 3)).sqrt()
+        factor = (size.median() / size).clamp(1 / FACTOR, FACTOR)
+        scaled = weight * factor[:, None, None, None]
+        factor *= (weight.square().mean() / scaled.square().mean()).sqrt()
+        weight *= factor[:, None, None, None]
+        norm.running_mean *= factor
+        norm.running_var *= factor.square()
+        norm.weight *= ((norm.running_var + norm.eps) / before).sqrt() / factor
+        found += 1
+    return found
 
 
 RULES: dict[str, Rule] = {
